@@ -1,0 +1,3 @@
+"""fusedpeft: parameter-efficient fine-tuning at the cost of the frozen model."""
+
+__version__ = "0.1.0"
