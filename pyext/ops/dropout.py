@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.native import DTYPE_CODES, native
+
 _U32 = 0xFFFFFFFF
 
 
@@ -27,7 +29,7 @@ def _mix(h: Tensor) -> Tensor:
 
 
 def keep_mask_ref(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
-    """bool [rows, cols], True where the element is kept (probability 1 - p). seed: int64, 1 element."""
+    """bool [rows, cols], True where kept (probability 1 - p). seed: int64, 1 element."""
     seed = seed.reshape(())
     row = torch.arange(rows, dtype=torch.int64, device=seed.device)
     col = torch.arange(cols, dtype=torch.int64, device=seed.device)
@@ -44,3 +46,33 @@ def dropout_ref(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return x
     mask = keep_mask_ref(x.shape[0], x.shape[1], p, seed.to(x.device))
     return torch.where(mask, x / (1.0 - p), 0.0).to(x.dtype)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """`dropout_ref` in one pass: C++ on a CPU, torch elsewhere. x [M, K], any strides."""
+    if p == 0.0 or seed is None:
+        return x
+    if native is None or x.device.type != "cpu" or x.dtype not in DTYPE_CODES:
+        return dropout_ref(x, p, seed)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    native.dropout(
+        x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.stride(0),
+        p, int(seed), DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    return out
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """An int64 tensor of one element on `device`; None draws from torch's generator.
+
+    A tensor, not an int: no host synchronisation, no recompilation, capturable in a CUDA graph, and
+    checkpointing, which restores the generator, sees the same mask again.
+    """
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
+    if isinstance(seed, int):
+        return torch.tensor([seed], dtype=torch.int64, device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed: expected 1 int64 element, got {seed.numel()} of {seed.dtype}")
+    return seed.to(device).reshape(1)

@@ -1,0 +1,361 @@
+"""LoRA linear: the frozen GEMM and the low-rank update as one op.
+
+    y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ      x [*, K]  W [N, K]  A [R, K]  B [N, R]  y [*, N]
+
+Backward, with dS = scale · dy B:   dx = dy W + drop(dS A),  dA = dSᵀ drop(x),  dB = scale · dyᵀ S.
+(Hu et al. 2021, "LoRA", §4.1; DoRA: Liu et al. 2024, eq. 5 and §4.3.)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.ops.dropout import as_seed, dropout, dropout_ref
+from fusedpeft.ops.native import DTYPE_CODES, native
+
+MAX_DECODE_TOKENS = 16  # rows that the C++ kernel takes; beyond, the GEMM of ATen is ahead
+_IMPLS = ("native", "aten", "triton")
+
+
+def lora_linear_ref(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> Tensor:
+    """The specification, in plain torch. The adapter is computed in its own dtype, as in PEFT."""
+    dropped = dropout_ref(x.reshape(-1, x.shape[-1]), dropout_p, seed).view(x.shape)
+    y = F.linear(x, w) + scale * F.linear(F.linear(dropped.to(a.dtype), a), b)
+    if magnitude is not None:
+        y = y * (magnitude / (w + scale * (b @ a)).norm(dim=1).detach())
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def choose_impl(device_type: str, tokens: int, needs_grad: bool, native_ok: bool = True):
+    """(implementation, why) that `lora_linear` takes by itself. Pure; `doctor` prints it."""
+    if device_type == "cuda":
+        return "triton", "CUDA tensors take the Triton kernels"
+    if device_type != "cpu":
+        return "aten", f"no kernel of ours for device '{device_type}'"
+    if needs_grad:
+        return "aten", "on a CPU, training runs near the GEMM floor with in-place ATen accumulation"
+    if tokens > MAX_DECODE_TOKENS:
+        return "aten", f"more than {MAX_DECODE_TOKENS} tokens: ATen's GEMM is ahead"
+    if not native_ok:
+        return "aten", "dtypes or strides that the C++ kernel does not take"
+    return "native", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one C++ pass over W"
+
+
+# --- ATen ---------------------------------------------------------------------------------------
+
+
+def _aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    y = F.linear(x, w, bias)
+    s = F.linear(dropout(x, dropout_p, seed).to(a.dtype), a)
+    if a.dtype == y.dtype:
+        y.addmm_(s, b.t(), alpha=scale)  # accumulates in place: no [M, N] temporary
+    else:
+        y += torch.mm(s, b.t()).mul_(scale)
+    return y, s
+
+
+def _aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool]):
+    need_x, need_w, need_a, need_b, need_bias = need
+    dx = dw = da = db = dbias = dy.new_empty(0)
+    dya = dy.to(a.dtype)
+    if need_x or need_a:
+        ds = torch.mm(dya, b).mul_(scale)
+    if need_x:
+        dx = torch.mm(dy, w)
+        if dropout_p == 0.0 and a.dtype == dx.dtype:
+            dx.addmm_(ds, a)
+        else:
+            dx += dropout(torch.mm(ds, a), dropout_p, seed)
+    if need_w:
+        dw = torch.mm(dy.t(), x)
+    if need_a:
+        da = torch.mm(ds.t(), dropout(x, dropout_p, seed).to(a.dtype))
+    if need_b:
+        db = torch.mm(dya.t(), s).mul_(scale)
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, dw, da, db, dbias
+
+
+# --- C++ decode ---------------------------------------------------------------------------------
+
+
+def _native_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
+    return (
+        native is not None
+        and x.dtype in DTYPE_CODES
+        and (a.dtype == x.dtype or a.dtype == torch.float32)
+        and x.stride(1) == w.stride(1) == a.stride(1) == b.stride(1) == 1
+    )
+
+
+def _native_fwd(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias, scale: float) -> Tensor:
+    (m, k), n = x.shape, w.shape[0]
+    y = torch.empty((m, n), dtype=x.dtype)
+    native.lora_decode(
+        x.data_ptr(), w.data_ptr(), a.data_ptr(), b.data_ptr(),
+        0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
+        m, k, n, a.shape[0],
+        x.stride(0), w.stride(0), a.stride(0), b.stride(0), n,
+        scale, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
+    )  # fmt: skip
+    return y
+
+
+# --- custom ops ---------------------------------------------------------------------------------
+
+_lib = torch.library.Library("fusedpeft", "FRAGMENT")
+_lib.define(
+    "lora_linear(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? seed, "
+    "float scale, float dropout_p, str impl) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "lora_linear_infer(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, Tensor? seed, "
+    "float scale, float dropout_p, str impl) -> Tensor"
+)
+_lib.define(
+    "lora_linear_backward(Tensor dy, Tensor x, Tensor w, Tensor a, Tensor b, Tensor s, "
+    "Tensor? seed, float scale, float dropout_p, bool[] need, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _use_triton(x: Tensor, impl: str) -> bool:
+    return impl == "triton" or (impl == "" and x.is_cuda)
+
+
+def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
+    if _use_triton(x, impl):
+        from fusedpeft.kernels.lora import lora_fwd
+
+        return lora_fwd(x, w, a, b, scale, bias, dropout_p, seed)
+    return _aten_fwd(x, w, a, b, bias, seed, scale, dropout_p)
+
+
+def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
+    if impl == "":
+        ok = dropout_p == 0.0 and _native_ok(x, w, a, b)
+        impl = choose_impl(x.device.type, x.shape[0], False, ok)[0]
+    if impl == "native":
+        return _native_fwd(x, w, a, b, bias, scale)
+    return _forward(x, w, a, b, bias, seed, scale, dropout_p, impl)[0]
+
+
+def _backward(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
+    dy = dy.contiguous()
+    if _use_triton(dy, impl):
+        from fusedpeft.kernels.lora import lora_bwd
+
+        grads = lora_bwd(dy, x, w, a, b, s, scale, dropout_p, seed, *need)
+        return tuple(dy.new_empty(0) if g is None else g for g in grads)
+    return _aten_bwd(dy, x, w, a, b, s, seed, scale, dropout_p, need)
+
+
+for _name, _fn in (
+    ("lora_linear", _forward),
+    ("lora_linear_infer", _infer),
+    ("lora_linear_backward", _backward),
+):
+    _lib.impl(_name, _fn, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusedpeft::lora_linear")
+def _(x, w, a, b, bias, seed, scale, dropout_p, impl):
+    return x.new_empty(x.shape[0], w.shape[0]), a.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.register_fake("fusedpeft::lora_linear_infer")
+def _(x, w, a, b, bias, seed, scale, dropout_p, impl):
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+@torch.library.register_fake("fusedpeft::lora_linear_backward")
+def _(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
+    like = (x, w, a, b)
+    grads = [t.new_empty(t.shape if n else 0) for t, n in zip(like, need[:4], strict=True)]
+    # x is not saved when neither A nor W learns, so dx takes its shape from dy and W.
+    grads[0] = dy.new_empty((dy.shape[0], w.shape[1]) if need[0] else 0)
+    return (*grads, dy.new_empty(dy.shape[1] if need[4] else 0))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, w, a, b, bias, seed, ctx.scale, ctx.dropout_p, ctx.impl = inputs
+    need_x, need_w, need_a, need_b, need_bias = ctx.needs_input_grad[:5]
+    ctx.set_materialize_grads(False)
+    empty = x.new_empty(0)
+    ctx.save_for_backward(
+        x if need_w or need_a else empty, w, a, b, output[1] if need_b else empty, seed
+    )
+
+
+def _gradients(ctx, dy: Tensor | None, backward) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 9
+    x, w, a, b, s, seed = ctx.saved_tensors
+    need = list(ctx.needs_input_grad[:5])
+    grads = backward(dy, x, w, a, b, s, seed, ctx.scale, ctx.dropout_p, need, ctx.impl)
+    return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None, None)
+
+
+torch.library.register_autograd(
+    "fusedpeft::lora_linear",
+    lambda ctx, dy, _ds: _gradients(ctx, dy, torch.ops.fusedpeft.lora_linear_backward),
+    setup_context=_setup_context,
+)
+
+
+class _LoraLinear(torch.autograd.Function):
+    """The same op without the dispatcher: half the overhead of a custom op with autograd."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        y, s = _forward(*args)
+        _setup_context(ctx, args, (y, s))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(ctx, dy, _backward)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """True in eager mode on ordinary tensors; compilers and subclasses need the dispatcher."""
+    if torch.compiler.is_compiling():
+        return False
+    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
+    for name, t, dims in (
+        ("x", x, "[*, K]"),
+        ("w", w, "[N, K]"),
+        ("a", a, "[R, K]"),
+        ("b", b, "[N, R]"),
+    ):  # noqa: E501
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor {dims}, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
+        if t.ndim != 2 and (t is not x or t.ndim < 1):
+            raise ValueError(f"{name}: expected {dims}, got shape {tuple(t.shape)}")
+    (n, k), r = w.shape, a.shape[0]
+    if x.shape[-1] != k:
+        raise ValueError(
+            f"x: expected last dim K = {k} (w is {tuple(w.shape)}), got {tuple(x.shape)}"
+        )  # noqa: E501
+    if r < 1:
+        raise ValueError("a: expected rank R >= 1, got 0")
+    if a.shape[1] != k:
+        raise ValueError(f"a: expected [R, {k}], got {tuple(a.shape)}")
+    if b.shape != (n, r):
+        raise ValueError(f"b: expected [N, R] = {(n, r)}, got {tuple(b.shape)}")
+    if w.dtype != x.dtype:
+        raise TypeError(f"w: expected dtype {x.dtype} (as x), got {w.dtype}; cast one, or autocast")
+    if b.dtype != a.dtype:
+        raise TypeError(f"b: expected dtype {a.dtype} (as a), got {b.dtype}")
+    for name, t in (("bias", bias), ("magnitude", magnitude)):
+        if t is not None and (t.shape != (n,) or t.device != x.device):
+            raise ValueError(
+                f"{name}: expected [{n}] on {x.device}, got {list(t.shape)} on {t.device}"
+            )
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    if impl is not None and impl not in _IMPLS:
+        raise ValueError(f"impl: expected one of {_IMPLS} or None, got {impl!r}")
+
+
+def _dora_factor(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
+    """magnitude / ‖W + scale·B A‖ by row, B·A never formed; the norm is a constant to autograd."""
+    with torch.no_grad():
+        wf, af, bf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, a, b))
+        cross = (bf * (wf @ af.t())).sum(1)
+        quad = ((bf @ (af @ af.t())) * bf).sum(1)
+        norm = (wf.square().sum(1) + 2 * scale * cross + scale**2 * quad).sqrt()
+    return magnitude / norm
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    magnitude: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ, the frozen linear with its LoRA update.
+
+    x [*, K] and w [N, K] share a dtype (fp32, bf16, fp16; fp64 on ATen); a [R, K] and b [N, R]
+    share one, which may be fp32 beside a 16-bit base. Returns [*, N] in x's dtype; every gradient
+    comes in its parameter's dtype. bias [N]. Any rank >= 1, leading dims and strides, empty x.
+
+    dropout_p drops elements of x on the adapter's path only; the mask is a function of `seed` (an
+    int, an int64 tensor of one element, or None: drawn from torch's generator) and is recomputed in
+    backward, never stored. magnitude [N] makes it DoRA: y = (m/‖W + scale·BA‖)·(…) + bias, the norm
+    by row, held constant in backward (Liu et al. 2024, §4.3).
+
+    impl: None chooses by device and shape (`fusedpeft doctor` shows it); "native" (C++ decode, CPU,
+    at most 16 rows, no gradients), "aten", "triton" force one.
+
+    Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
+    ValueError with the expected and the given value before anything is launched.
+    """
+    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
+        bias = None if bias is None else bias.to(dtype)
+    _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
+    if magnitude is not None:
+        y = lora_linear(x, w, a, b, scale, dropout_p=dropout_p, seed=seed, impl=impl)
+        y = (y * _dora_factor(w, a, b, scale, magnitude)).to(x.dtype)
+        return y if bias is None else y + bias
+
+    x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
+    tensors = (x2, w, a, b) if bias is None else (x2, w, a, b, bias)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if impl == "native":
+        _check_native(x2, w, a, b, needs_grad, dropout_p)
+    args = (x2, w, a, b, bias, seed, float(scale), float(dropout_p), impl or "")
+    plain = _is_plain(x2, w, a, b)
+    if needs_grad:
+        y = _LoraLinear.apply(*args) if plain else torch.ops.fusedpeft.lora_linear(*args)[0]
+    else:
+        y = (_infer if plain else torch.ops.fusedpeft.lora_linear_infer)(*args)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def _check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p: float) -> None:
+    if needs_grad or p > 0.0:
+        raise ValueError("impl='native': expected no gradients and no dropout; use 'aten' to train")
+    if x.shape[0] > MAX_DECODE_TOKENS:
+        raise ValueError(f"impl='native': expected <= {MAX_DECODE_TOKENS} rows, got {x.shape[0]}")
+    if x.device.type != "cpu" or not _native_ok(x, w, a, b):
+        raise ValueError(
+            "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
+            f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"
+        )
