@@ -1,5 +1,23 @@
 """The ops: pure functions over tensors with autograd, each beside its plain-torch specification."""
 
+from fusedpeft.ops.linear_logprob import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    linear_logprob,
+    linear_logprob_ref,
+)
 from fusedpeft.ops.lora import lora_linear, lora_linear_ref
+from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
 
-__all__ = ["lora_linear", "lora_linear_ref"]
+__all__ = [
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
+    "linear_logprob",
+    "linear_logprob_ref",
+    "lora_linear",
+    "lora_linear_ref",
+    "pro_loss",
+    "pro_loss_ref",
+    "ranking_loss",
+    "ranking_loss_ref",
+]
