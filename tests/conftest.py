@@ -1,0 +1,40 @@
+"""What every test shares: the data folder, and the accuracy rule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository (or $FUSEDPEFT_DATA); skips where absent."""
+    path = Path(os.environ.get("FUSEDPEFT_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data folder at {path}; set FUSEDPEFT_DATA")
+    return path
+
+
+def _check(name: str, got: torch.Tensor, low: torch.Tensor, ref: torch.Tensor) -> None:
+    assert torch.isfinite(got).all(), f"{name}: not finite"
+    err, allowed = (got.double() - ref).abs(), (low.double() - ref).abs()
+    eps = torch.finfo(low.dtype).eps * ref.abs().max().clamp(min=1e-30)
+    worst, bound = err.max().item(), (2 * allowed.max() + eps).item()
+    assert worst <= bound, (
+        f"{name}: |got - ref64| {worst:.3e} > {bound:.3e} (2 x torch's own + eps)"
+    )
+
+
+@pytest.fixture(scope="session")
+def check_accuracy() -> Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """max|got − ref64| ≤ 2 · max|low − ref64| + eps, `low` being torch in the same precision."""
+    return _check

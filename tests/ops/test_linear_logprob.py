@@ -1,0 +1,150 @@
+"""linear_logprob and linear_cross_entropy on a CPU against float64."""
+
+import importlib
+
+import pytest
+import torch
+
+from fusedpeft import ops
+
+module = importlib.import_module("fusedpeft.ops.linear_logprob")
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def make(m, d, v, dtype, bias=True, ignored=0):
+    g = torch.Generator().manual_seed(m + d + v)
+    h, w = torch.randn(m, d, generator=g), torch.randn(v, d, generator=g) / d**0.5
+    c = torch.randn(v, generator=g) if bias else None
+    labels = torch.randint(0, v, (m,), generator=g)
+    labels[:ignored] = -100
+    return h.to(dtype), w.to(dtype), labels, None if c is None else c.to(dtype)
+
+
+def run(op, h, w, labels, bias, head, g, **kw):
+    h = h.detach().clone().requires_grad_()
+    w, bias = (None if t is None else t.detach().clone().requires_grad_(head) for t in (w, bias))
+    y = op(h, w, labels, bias, **kw)
+    leaves = [t for t in (h, w, bias) if t is not None and t.requires_grad]
+    return y.detach(), torch.autograd.grad(y, leaves, g.to(y.dtype))
+
+
+@pytest.mark.parametrize("chunk_bytes", [4 * 100, 32 * 2**20])
+@pytest.mark.parametrize("head", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m, d, v, ignored", [(1, 16, 10, 0), (63, 33, 101, 7), (130, 64, 17, 130)])
+def test_against_float64(check_accuracy, monkeypatch, m, d, v, ignored, dtype, head, chunk_bytes):
+    monkeypatch.setattr(module, "LOGITS_BYTES", chunk_bytes)
+    h, w, labels, bias = make(m, d, v, dtype, ignored=ignored)
+    g = torch.randn(m, generator=torch.Generator().manual_seed(5))
+    up = (h.double(), w.double(), labels, bias.double())
+    got = run(ops.linear_logprob, h, w, labels, bias, head, g)
+    low = run(ops.linear_logprob_ref, h, w, labels, bias, head, g)
+    ref = run(ops.linear_logprob_ref, *up, head, g)
+    for name, *t in zip(["logp"], got[:1], low[:1], ref[:1], strict=True):
+        check_accuracy(name, *t)
+    for name, *t in zip(["dh", "dw", "dbias"], got[1], low[1], ref[1], strict=False):
+        assert t[0].dtype == t[1].dtype, name
+        check_accuracy(name, *t)
+    assert (got[0][:ignored] == 0).all() and (got[1][0][:ignored] == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_cross_entropy_equals_torch(reduction):
+    h, w, labels, bias = make(40, 16, 30, torch.float64, ignored=3)
+    got = ops.linear_cross_entropy(h, w, labels, bias, reduction=reduction)
+    want = torch.nn.functional.cross_entropy(h @ w.t() + bias, labels, reduction=reduction)
+    torch.testing.assert_close(got, want)
+    ref = ops.linear_cross_entropy_ref(h, w, labels, bias, reduction=reduction)
+    torch.testing.assert_close(got, ref)
+
+
+def test_ignored_rows_are_skipped_not_multiplied_by_zero():
+    h, w, labels, _ = make(6, 8, 10, torch.float32, bias=False, ignored=2)
+    h[:2] = float("nan")
+    h.requires_grad_(), w.requires_grad_()
+    loss = ops.linear_cross_entropy(h, w, labels)
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(w.grad).all() and (h.grad[:2] == 0).all()
+
+
+def test_all_ignored_and_empty_give_zero():
+    h, w, labels, _ = make(4, 8, 10, torch.float32, bias=False, ignored=4)
+    h.requires_grad_()
+    loss = ops.linear_cross_entropy(h, w, labels)
+    loss.backward()
+    assert loss == 0 and (h.grad == 0).all()
+    empty = torch.empty(2, 0, dtype=torch.int64)
+    assert ops.linear_logprob(torch.empty(2, 0, 8), w, empty).shape == (2, 0)
+    assert ops.linear_cross_entropy(torch.empty(2, 0, 8), w, empty) == 0
+
+
+def test_the_logits_never_exist_whole():
+    """The largest tensor made, forward and backward, stays within one chunk."""
+    m, d, v = 256, 16, 5000
+    h, w, labels, _ = make(m, d, v, torch.float32, bias=False)
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(t, torch.Tensor):
+                    Largest.numel = max(Largest.numel, t.numel())
+            return out
+
+    for head in (False, True):
+        Largest.numel = 0
+        with pytest.MonkeyPatch.context() as patch, Largest():
+            patch.setattr(module, "LOGITS_BYTES", 4 * v * 32)
+            run(ops.linear_logprob, h, w, labels, None, head, torch.ones(m))
+        assert Largest.numel <= 32 * v < m * v / 4
+
+
+def test_gradcheck_opcheck_compile():
+    h, w, labels, bias = make(6, 5, 9, torch.float64, ignored=1)
+    h.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda h, w, c: ops.linear_logprob(h, w, labels, c), (h, w, bias)
+    )
+    frozen = (w.detach(), labels, bias.detach())
+    assert torch.autograd.gradcheck(lambda h: ops.linear_logprob(h, *frozen), (h,))
+    op = torch.ops.fusedpeft.linear_logprob
+    torch.library.opcheck(op, (h, w, labels, bias, -100, False))
+    torch.library.opcheck(op, (h, frozen[0], labels, None, -100, True))
+    fn = torch.compile(lambda h: ops.linear_cross_entropy(h, w, labels, bias), fullgraph=True)
+    torch.testing.assert_close(fn(h), ops.linear_cross_entropy(h, w, labels, bias))
+
+
+def test_autocast():
+    h, w, labels, bias = make(6, 5, 9, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear_logprob(h, w, labels, bias).dtype == torch.bfloat16
+
+
+H, W, L = torch.randn(4, 8), torch.randn(10, 8), torch.tensor([0, 9, -100, 3])
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        ((H, W, torch.tensor([0, 10, 1, 2])), ValueError, r"in \[0, 10\).*got 10 at \[1\]"),
+        ((H, W, torch.tensor([0, -1, 1, 2])), ValueError, r"got -1 at \[1\]"),
+        ((H, W, L.int()), TypeError, "expected torch.int64, got torch.int32"),
+        ((H, W, L[:3]), ValueError, r"labels: expected \(4,\), got \(3,\)"),
+        ((H, W[:, :7], L), ValueError, r"h \[\*, d\] and w \[V, d\]"),
+        ((H, W.bfloat16(), L), TypeError, "one floating dtype"),
+        ((H, W, L, torch.randn(9)), ValueError, r"bias: expected \[10\].*got \[9\]"),
+        ((H, W.to("meta"), L), ValueError, "w: expected device cpu"),
+        ((H, [1], L), TypeError, "w: expected a Tensor, got list"),
+    ],
+)
+def test_bad_input(args, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear_logprob(*args)
+
+
+def test_bad_reduction():
+    with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'max'"):
+        ops.linear_cross_entropy(H, W, L, reduction="max")
