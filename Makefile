@@ -1,0 +1,35 @@
+# The only two commands a fresh machine needs: `make demo` and `make test`
+# (Python 3.10-3.13 with venv, a C++ compiler, make). PYTHON=python3.12 chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Our folder `kernels` must not be importable from the repository root: see pyproject.toml.
+export PYTHONSAFEPATH := 1
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: demo test lint bench doctor clean
+
+demo: $(READY)
+	$(BIN)/fusedpeft run examples/quickstart.yaml
+	@echo "Open runs/quickstart/report.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)
+	$(BIN)/fusedpeft bench lora --device cpu
+
+doctor: $(READY)
+	$(BIN)/fusedpeft doctor
+
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist runs *.egg-info pyext/_C*.so
