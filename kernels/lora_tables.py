@@ -1,0 +1,176 @@
+"""Which tile each LoRA kernel takes: a finite table by architecture and pure functions over it.
+
+Everything that the launchers can choose is listed by `lora_configs`, so ahead-of-time compilation
+covers it all (`python -m fusedpeft.bench.aot`). Nothing is autotuned at run time: the choice depends
+on shapes and architecture only, so results are reproducible from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ARCHS = ("sm_80", "sm_90", "gfx942")
+_SMS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
+
+
+def _tile(m: int, n: int, k: int, warps: int, stages: int) -> dict:
+    return dict(
+        BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, num_warps=warps, num_stages=stages
+    )  # fmt: skip
+
+
+# GEMM tiles for 16-bit inputs, by the amount of work. sm_80's fit the 99 KiB of sm_86/89/120 too.
+_GEMM = {
+    "sm_80": {
+        "rows16": _tile(16, 32, 128, 4, 4),
+        "small": _tile(64, 64, 64, 4, 4),
+        "medium": _tile(128, 128, 32, 4, 4),
+        "large": _tile(128, 256, 32, 8, 3),
+    },
+    "sm_90": {
+        "rows16": _tile(16, 32, 128, 4, 5),
+        "small": _tile(64, 64, 64, 4, 5),
+        "medium": _tile(128, 128, 64, 4, 3),  # 96 KiB: two blocks share an SM
+        "large": _tile(128, 256, 64, 8, 3),
+    },
+    "gfx942": {
+        "rows16": _tile(16, 32, 128, 4, 2),
+        "small": _tile(64, 64, 64, 4, 2),
+        "medium": _tile(128, 128, 64, 4, 2),
+        "large": _tile(128, 256, 32, 8, 2),
+    },
+}
+_GEMM_FP32 = _tile(64, 64, 16, 4, 2)  # "ieee" products run on FMA units: a small tile fills them
+MAX_BLOCK_R = 64
+
+
+def block_r(rank: int, elem_bytes: int) -> int:
+    """Columns of the adapter tile: 16 or 64 (16 in fp32). Higher ranks loop or take more blocks."""
+    return 16 if rank <= 16 or elem_bytes == 4 else MAX_BLOCK_R
+
+
+def arch_of(device: torch.device) -> str:
+    """The table that `device` takes. Chips with 99 KiB of shared memory take sm_80's."""
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter
+    if torch.version.hip is not None:
+        return "gfx942"
+    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
+
+
+def gemm_config(M: int, N: int, R: int, arch: str, elem_bytes: int) -> dict:
+    """The largest tile that still gives every SM a block."""
+    if elem_bytes == 4:
+        tile = _GEMM_FP32
+    else:
+        tiles = _GEMM[arch]
+        if M <= 16:
+            tile = tiles["rows16"]
+        elif -(-M // 128) * -(-N // 256) >= _SMS[arch]:
+            tile = tiles["large"]
+        elif -(-M // 128) * -(-N // 128) >= _SMS[arch]:
+            tile = tiles["medium"]
+        else:
+            tile = tiles["small"]
+    return {**tile, "BLOCK_R": block_r(R, elem_bytes)}
+
+
+def _skinny(arch: str, elem_bytes: int) -> dict:
+    """Warps and stages of the memory-bound kernels."""
+    return dict(num_warps=4, num_stages=2 if arch == "gfx942" or elem_bytes == 4 else 3)
+
+
+def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
+    rows = 64 if -(-M // 64) >= _SMS[arch] // 2 else 16
+    k = 32 if elem_bytes == 4 else 128
+    cfg = dict(BLOCK_M=rows, BLOCK_K=k, BLOCK_R=block_r(R, elem_bytes))
+    return {**cfg, **_skinny(arch, elem_bytes)}
+
+
+def _fuse_shrink(M: int, N: int, R: int, dropout: bool) -> bool:
+    """S inside the GEMM's K loop instead of a kernel of its own: see lora.py for the arithmetic."""
+    if dropout:
+        return False
+    return R <= MAX_BLOCK_R if M <= 16 else R <= 16 and (M <= 64 or N <= 1024)
+
+
+def lora_fwd_config(
+    M: int, N: int, K: int, R: int, arch: str, *, dropout: bool = False, elem_bytes: int = 2
+) -> dict:
+    """{"fuse_shrink": bool, "gemm": …, "shrink": … or None} for y[M,N] over K with rank R."""
+    fuse = _fuse_shrink(M, N, R, dropout) and R <= block_r(R, elem_bytes)
+    return {
+        "fuse_shrink": fuse,
+        "gemm": gemm_config(M, N, R, arch, elem_bytes),
+        "shrink": None if fuse else _shrink_config(M, R, arch, elem_bytes),
+    }
+
+
+def _dsdb_config(R: int, arch: str, elem_bytes: int) -> dict:
+    r = block_r(R, elem_bytes)
+    if elem_bytes == 4:
+        return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_R=r, num_warps=4, num_stages=2)
+    # dB leaves once per BLOCK_M rows: rows buy traffic. 8 warps hold the [256, R] sum of dS.
+    rows = 128 if arch == "gfx942" else 256
+    return dict(BLOCK_M=rows, BLOCK_N=64, BLOCK_R=r, num_warps=8, num_stages=2)
+
+
+def _da_config(R: int, arch: str, elem_bytes: int) -> dict:
+    r = block_r(R, elem_bytes)
+    k, m = (32, 32) if elem_bytes == 4 else (128, 64)
+    return dict(BLOCK_M=m, BLOCK_K=k, BLOCK_R=r, **_skinny(arch, elem_bytes))
+
+
+def _splits(blocks: int, length: int, step: int, arch: str) -> int:
+    """Parts of a loop over `length`, so that blocks · parts is about two blocks an SM."""
+    return max(1, min(-(-2 * _SMS[arch] // blocks), -(-length // step)))
+
+
+def lora_bwd_config(M: int, N: int, K: int, R: int, arch: str, *, elem_bytes: int = 2) -> dict:
+    """{"gemm": …, "dsdb": …, "dsdb_splits": int, "da": …, "da_splits": int}; splits are over N and M."""
+    dsdb = _dsdb_config(R, arch, elem_bytes)
+    da = _da_config(R, arch, elem_bytes)
+    ranks = -(-R // dsdb["BLOCK_R"])
+    return {
+        "gemm": gemm_config(M, K, R, arch, elem_bytes),
+        "dsdb": dsdb,
+        "dsdb_splits": _splits(-(-M // dsdb["BLOCK_M"]) * ranks, N, 4 * dsdb["BLOCK_N"], arch),
+        "da": da,
+        "da_splits": _splits(-(-K // da["BLOCK_K"]) * ranks, M, 4 * da["BLOCK_M"], arch),
+    }
+
+
+def lora_configs(arch: str) -> list[dict]:
+    """Every (kernel, flags, config) that the heuristics can choose on `arch`, each once.
+
+    Rows {"kernel", "elem_bytes", "flags", "config"}. It runs the heuristics themselves over one shape
+    from each of their regions, so a new branch there needs a new shape here (a test compares both on
+    random shapes).
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"arch: expected one of {ARCHS}, got {arch!r}")
+    rows: list[dict] = []
+
+    def add(kernel: str, elem_bytes: int, config: dict, **flags: bool) -> None:
+        row = dict(kernel=kernel, elem_bytes=elem_bytes, flags=flags, config=config)
+        if row not in rows:
+            rows.append(row)
+
+    shapes = [(m, n) for m in (16, 64, 512, 8192, 32768) for n in (64, 1024, 4096)]
+    for elem_bytes in (2, 4):
+        for m, n in shapes:
+            for r in (16, 64):
+                for p in (False, True):
+                    f = lora_fwd_config(m, n, n, r, arch, dropout=p, elem_bytes=elem_bytes)
+                    fuse = f["fuse_shrink"]
+                    add("gemm", elem_bytes, f["gemm"], HAS_BIAS=True, FUSE_S=fuse, DROPOUT=False)
+                    if not fuse:
+                        add("shrink", elem_bytes, f["shrink"], DROPOUT=p)
+                    g = lora_bwd_config(m, n, n, r, arch, elem_bytes=elem_bytes)
+                    add("gemm_dx", elem_bytes, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
+                    add("da", elem_bytes, g["da"], DROPOUT=p)
+                    for ds, db, bias in ((True, True, False), (True, True, True)):
+                        flags = dict(NEED_DS=ds, NEED_DB=db, NEED_DBIAS=bias)
+                        add("dsdb", elem_bytes, g["dsdb"], **flags)
+    add("sum", 4, dict(BLOCK=1024, num_warps=4, num_stages=1))
+    return rows
