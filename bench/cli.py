@@ -1,0 +1,118 @@
+"""`fusedpeft bench`: a typer application over the same functions as `python -m fusedpeft.bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusedpeft.bench import __main__ as plain
+from fusedpeft.bench.harness import BenchMismatch
+from fusedpeft.errors import InputError
+
+app = typer.Typer(
+    help="Time the ops against their peers; list which kernels a GPU has verified.",
+    invoke_without_command=True,
+    no_args_is_help=True,
+)
+
+
+def main(
+    op: str,
+    device: str = "cpu",
+    json: Path | None = None,
+    *,
+    full: bool = False,
+    case: str | None = None,
+    impls: list[str] | None = None,
+    seconds: float = 1.0,
+    budget: float | None = None,
+    warm: bool = False,
+) -> list[dict]:
+    """Bench one op: see `fusedpeft.bench.run.run_op`."""
+    from fusedpeft.bench.run import run_op
+
+    return run_op(
+        op,
+        device,
+        json,
+        full=full,
+        case=case,
+        impls=impls,
+        seconds=seconds,
+        budget=budget,
+        warm=warm,
+    )
+
+
+@app.callback()
+def bench(
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Which kernel passed on which GPU, and its figures.")
+    ] = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Source checkout that the ledger reads.")
+    ] = None,
+) -> None:
+    if ledger:
+        _exit(plain.run_ledger, root)
+
+
+@app.command()
+def lora(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every shape, not a slice.")] = False,
+    case: Annotated[
+        str | None, typer.Option(help="Only cases with these words, e.g. 'decode M4 bf16'.")
+    ] = None,
+    impl: Annotated[
+        list[str] | None, typer.Option(help="Only this contestant (repeatable) and the floor.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Of timed rounds a case.")] = 1.0,
+    budget: Annotated[
+        float | None, typer.Option(help="Start no case after so many seconds.")
+    ] = None,
+    warm: Annotated[bool, typer.Option("--warm", help="Leave the weights in the cache.")] = False,
+) -> None:
+    """ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."""
+    _exit(
+        lambda: main(
+            "lora",
+            device,
+            json,
+            full=full,
+            case=case,
+            impls=impl,
+            seconds=seconds,
+            budget=budget,
+            warm=warm,
+        )
+    )
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def aot(ctx: typer.Context) -> None:
+    """Compile every Triton configuration without a GPU; all arguments go to fusedpeft.bench.aot."""
+    _exit(plain.run_aot, ctx.args)
+
+
+def _exit(run, *args) -> None:
+    """Bad input: one line and 2. A wrong result: its figures and 1. Else what `run` returns."""
+    try:
+        code = run(*args)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from None
+    except BenchMismatch as error:
+        print(f"mismatch, nothing was timed: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    raise typer.Exit(code if isinstance(code, int) else 0)

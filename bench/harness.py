@@ -1,0 +1,265 @@
+"""Times several implementations of one case in one process, each proven right before it is timed.
+
+One case goes: build `sets` copies of the weights, build every implementation over every copy, check
+each against float64, warm up, then rounds. A round calls every implementation once; the order is
+rotated by one each round and reversed every other one, so that nobody always follows the same
+neighbour. Cold cache: on a CPU every call takes the next copy of the weights, and the copies
+together exceed twice the last-level cache, as the layers of a model do in decode; on CUDA a buffer
+of several times the L2 is overwritten before each call. Times: perf_counter_ns around a call on a
+CPU, events around it on CUDA. Reported: the median with the 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+Call = Callable[[], object]
+FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU named in this project
+DEFAULT_L3_BYTES = 32 << 20
+
+
+class BenchMismatch(RuntimeError):
+    """An implementation disagrees with float64: nothing is timed, nothing is written."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a group of implementations must compute, in float64, and how far they may be off.
+
+    `low` is plain torch in the case's own dtype: an implementation may be off by twice what that is
+    (and one unit in the last place of the largest value).
+    """
+
+    names: tuple[str, ...]
+    ref: Outputs
+    low: Outputs
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One contestant. `build(i)` returns the call over the i-th copy of the weights.
+
+    The call returns what `expected` names: a Tensor or a tuple. `flops` and `moved_bytes` are what
+    its own task needs at least (a frozen linear needs less than a LoRA one); the ceiling's
+    percentage is taken against them.
+    """
+
+    name: str
+    build: Callable[[int], Call]
+    expected: Expected
+    flops: float
+    moved_bytes: float
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    impls: list[Impl]
+    floor: str  # the implementation that `ratio` is taken against
+    sets: int = 1
+    grad: bool = False  # recorded for autograd, or run as under torch.no_grad()
+    missing: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
+
+
+@dataclass(frozen=True)
+class Timing:
+    name: str
+    median_us: float
+    p20_us: float
+    p80_us: float
+    peak_bytes: int
+    error: float
+    rounds: int
+
+
+def percentile(sorted_values: list[float], q: float) -> float:
+    """Linear interpolation between the two nearest ranks, as numpy's default."""
+    if not sorted_values:
+        raise ValueError("percentile: expected at least one value, got none")
+    at = (len(sorted_values) - 1) * q
+    low, high = math.floor(at), math.ceil(at)
+    return sorted_values[low] + (sorted_values[high] - sorted_values[low]) * (at - low)
+
+
+def l3_bytes() -> int:
+    """Size of the last-level cache that Linux reports; 32 MiB where it reports none."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not path.is_file():
+        return DEFAULT_L3_BYTES
+    text = path.read_text().strip()
+    return int(text.rstrip("KMG")) * {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1], 1)
+
+
+def cold_sets(set_bytes: int, device: torch.device) -> int:
+    """Copies of the weights that make every CPU call read them from memory; 1 on CUDA (flushed)."""
+    if device.type == "cuda":
+        return 1
+    return min(256, math.ceil(2 * l3_bytes() / max(set_bytes, 1)) + 1)
+
+
+def as_outputs(value: object) -> Outputs:
+    return value if isinstance(value, tuple) else (value,)  # type: ignore[return-value]
+
+
+def check(name: str, got: Outputs, expected: Expected) -> float:
+    """Largest error over the outputs, relative to the largest reference value of that output.
+
+    Raises BenchMismatch, with the figures, where |got − ref| > 2·|low − ref| + eps·max|ref|.
+    """
+    if len(got) != len(expected.ref):
+        raise BenchMismatch(f"{name}: expected outputs {expected.names}, got {len(got)} of them")
+    worst = 0.0
+    for label, out, ref, low in zip(expected.names, got, expected.ref, expected.low, strict=True):
+        if out.shape != ref.shape or out.dtype != low.dtype:
+            raise BenchMismatch(
+                f"{name}.{label}: expected {low.dtype} {tuple(ref.shape)}, "
+                f"got {out.dtype} {tuple(out.shape)}"
+            )
+        size = ref.abs().max().clamp(min=1e-30)
+        error = (out.double() - ref).abs().max()
+        allowed = 2 * (low.double() - ref).abs().max() + torch.finfo(low.dtype).eps * size
+        if not error <= allowed:  # so that NaN fails too
+            raise BenchMismatch(
+                f"{name}.{label}: |got - ref64| is {error.item():.3e}, allowed {allowed.item():.3e}"
+                f" (2 x torch's own error + eps); largest value {size.item():.3e}"
+            )
+        worst = max(worst, (error / size).item())
+    return worst
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
+    """Most bytes alive at once that one call took from torch's allocator, beyond what was there.
+
+    CUDA: max_memory_allocated. CPU: the profiler's record of every allocation and release, summed
+    in order; scratch that a BLAS or a C++ kernel takes from malloc by itself is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    # Before the first profile: torch 2.13 otherwise reports each start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        result = call()
+        del result
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+class Clock:
+    """Times single calls on one device; `now` replaces the CPU's clock in tests."""
+
+    def __init__(
+        self, device: torch.device, cold: bool, now: Callable[[], int] = time.perf_counter_ns
+    ) -> None:
+        self.device, self.now = device, now
+        self.cuda = device.type == "cuda"
+        self.flush = (
+            torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+            if self.cuda and cold
+            else None
+        )
+        self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.times_us: dict[str, list[float]] = {}
+
+    def call(self, name: str, fn: Call) -> None:
+        if not self.cuda:
+            start = self.now()
+            result = fn()
+            stop = self.now()
+            del result  # freed after the clock stopped, for everyone alike
+            self.times_us.setdefault(name, []).append((stop - start) / 1e3)
+            return
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if self.flush is not None:
+            self.flush.zero_()
+        start.record()
+        fn()
+        stop.record()
+        self.pending.append((name, start, stop))
+
+    def collect(self) -> None:
+        """After each round: reads the events of CUDA, which asks for one synchronisation."""
+        if self.pending:
+            torch.cuda.synchronize(self.device)
+            for name, start, stop in self.pending:
+                self.times_us.setdefault(name, []).append(start.elapsed_time(stop) * 1e3)
+            self.pending.clear()
+
+
+def order(names: list[str], round_: int) -> list[str]:
+    """Rotated by one each round, and reversed every other one."""
+    at = (round_ // 2) % len(names)
+    turned = names[at:] + names[:at]
+    return turned[::-1] if round_ % 2 else turned
+
+
+def run_case(
+    case: Case, *, seconds: float = 1.0, min_rounds: int = 16, clock: Clock | None = None
+) -> list[Timing]:
+    """Checks, then times every implementation of a case; about `seconds` of rounds, in turns."""
+    with torch.set_grad_enabled(case.grad):
+        return _run_case(case, seconds, min_rounds, clock or Clock(case.device, cold=True))
+
+
+def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list[Timing]:
+    calls: dict[str, list[Call]] = {}
+    errors: dict[str, float] = {}
+    for impl in case.impls:
+        calls[impl.name] = [impl.build(i) for i in range(case.sets)]
+        errors[impl.name] = check(
+            f"{case.op} {case.name} {impl.name}", as_outputs(calls[impl.name][0]()), impl.expected
+        )
+    names = [impl.name for impl in case.impls]
+    peaks = {n: peak_bytes(calls[n][0], case.device) for n in names}
+    turn = 0
+
+    def one_round(round_: int) -> None:
+        nonlocal turn
+        for name in order(names, round_):
+            clock.call(name, calls[name][turn % case.sets])
+            turn += 1
+        clock.collect()
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        for round_ in range(3):
+            one_round(round_)
+        clock.times_us.clear()
+        end, rounds = time.perf_counter() + seconds, 0
+        while rounds < min_rounds or time.perf_counter() < end:
+            one_round(rounds)
+            rounds += 1
+    finally:
+        if was_enabled:
+            gc.enable()
+    result = []
+    for name in names:
+        taken = sorted(clock.times_us[name])
+        p20, p50, p80 = (percentile(taken, q) for q in (0.2, 0.5, 0.8))
+        result.append(Timing(name, p50, p20, p80, peaks[name], errors[name], rounds))
+    return result
