@@ -1,17 +1,17 @@
 """LoRA linear, forward, for training and prefill (Hu et al. 2021, "LoRA", §4.1).
 
-    y[M,N] = x Wᵀ + bias + scale · S Bᵀ,   S[M,R] = drop(x) Aᵀ     x [M,K]  W [N,K]  A [R,K]  B [N,R]
+    y[M,N] = x Wᵀ + bias + scale · S Bᵀ,  S[M,R] = drop(x) Aᵀ    x [M,K] W [N,K] A [R,K] B [N,R]
 
 1. shrink: S in one pass over x, the dropout mask recomputed from (seed, row, column).
 2. GEMM: [scale·S | x]·[B | W]ᵀ, R more of K in the same accumulator (lora_gemm.py).
 Where it pays, S is made inside the GEMM's K loop and there is one launch.
 
 Which of the two, at M 8192, K = N = 4096, R 16 in bf16 on a chip of 790 TFLOP/s and 4.3 TB/s: the
-GEMM is 275 GFLOP, 348 µs. A shrink kernel reads x once more, 67 MB, 15.6 µs (4.5 %). In the loop it
-costs 2·M·K·16 FLOP *per column of blocks*: 16/256 of the GEMM, 21.7 µs (6.3 %), and about twice that
-in practice, as products 16 wide leave the tensor cores waiting for shared memory. The loop wins
-where columns of blocks are few (t = N/256 · 1.4 µs against 15.6 µs; N ≤ 1024 with a margin), and for
-up to 64 tokens, where W's bytes are the floor and a launch is not free. Dropout masks a second copy
+GEMM is 275 GFLOP, 348 µs. A shrink kernel reads x once more, 67 MB, 15.6 µs (4.5 %). In the loop
+it costs 2·M·K·16 FLOP *per column of blocks*: 16/256 of the GEMM, 21.7 µs (6.3 %), and maybe twice
+that, as products 16 wide leave the tensor cores waiting for shared memory. The loop wins where
+columns of blocks are few (N/256 · 1.4 µs against 15.6 µs: N ≤ 1024, with a margin), and up to 64
+tokens, where W's bytes are the floor and a launch is not free. Dropout needs a second, masked copy
 of the tile and always takes the shrink kernel. Saved for backward: x and S.
 """
 
@@ -87,8 +87,9 @@ def lora_fwd(
 ) -> tuple[Tensor, Tensor]:
     """(y [M,N] in x's dtype, S [M,R] in the adapter's dtype), both fresh.
 
-    x [M,K] and w [N,K] share fp32, bf16 or fp16; a [R,K] and b [N,R] share that or fp32 (cast to x's
-    dtype for the tensor cores). Any strides. seed: int64 [1] on the device, read if dropout_p > 0.
+    x [M,K] and w [N,K] share fp32, bf16 or fp16; a [R,K] and b [N,R] share that or fp32 (cast to
+    x's dtype for the tensor cores). Any strides. seed: int64 [1] on the device, read if
+    dropout_p > 0.
     """
     (M, K), N, R = x.shape, w.shape[0], a.shape[0]
     y = torch.empty((M, N), dtype=x.dtype, device=x.device)

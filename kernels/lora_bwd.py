@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora_gemm import lora_gemm, on_device
-from fusedpeft.kernels.lora_tables import arch_of, lora_bwd_config
+from fusedpeft.kernels.lora_tables import SUM_CONFIG, arch_of, lora_bwd_config
 
 
 @triton.jit
@@ -129,10 +129,9 @@ def _sum(part: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale · part.sum(0) in `dtype`, in a fixed order."""
     out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
     if out.numel() > 0:
+        grid = (triton.cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
         with on_device(part):
-            _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
-                part, out, part.shape[0], out.numel(), scale, BLOCK=1024, num_warps=4, num_stages=1
-            )
+            _sum_kernel[grid](part, out, part.shape[0], out.numel(), scale, **SUM_CONFIG)
     return out
 
 
@@ -201,7 +200,8 @@ def lora_bwd(
         shapes = ((need_dx, dy, (M, K)), (need_dw, w, (N, K)), (need_da, a, (R, K)))
         shapes += ((need_db, b, (N, R)), (need_dbias, dy, (N,)))
         return tuple(t.new_zeros(shape) if n else None for n, t, shape in shapes)
-    cfg = lora_bwd_config(M, N, K, R, arch_of(dy.device), elem_bytes=dy.element_size())
+    arch, dropout = arch_of(dy.device), dropout_p > 0.0
+    cfg = lora_bwd_config(M, N, K, R, arch, dropout=dropout, elem_bytes=dy.element_size())
     need_t = need_dx or need_da
     dx = dw = da = db = dbias = t = None
     if need_t or need_db or need_dbias:

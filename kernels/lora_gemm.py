@@ -2,8 +2,8 @@
 
     out[M, N] = x[M, K] Wt[K, N] + bias + drop(scale · s[M, R] Bt[R, N])
 
-Forward: W as given, s = drop(x)Aᵀ, B as given, no mask on the update. Backward dx: x is dy, W and A
-enter by their transposed strides, s is dy·B, and the update takes the dropout mask of (row, column).
+Forward: W as given, s = drop(x)Aᵀ, B as given, no mask on the update. Backward dx: x is dy, W and
+A enter by their transposed strides, s is dy·B, and the update takes the mask of (row, column).
 
 The update is summed first, masked, and the K loop then accumulates on top of it: one accumulator,
 with or without dropout, where an update added at the end would need a second one under a mask. With

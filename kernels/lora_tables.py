@@ -1,11 +1,13 @@
 """Which tile each LoRA kernel takes: a finite table by architecture and pure functions over it.
 
 Everything that the launchers can choose is listed by `lora_configs`, so ahead-of-time compilation
-covers it all (`python -m fusedpeft.bench.aot`). Nothing is autotuned at run time: the choice depends
-on shapes and architecture only, so results are reproducible from run to run.
+covers it all (`python -m fusedpeft.bench.aot`). Nothing is autotuned at run time: the choice hangs
+on shapes and architecture only, so results are the same from run to run.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 
@@ -24,7 +26,7 @@ _GEMM = {
     "sm_80": {
         "rows16": _tile(16, 32, 128, 4, 4),
         "small": _tile(64, 64, 64, 4, 4),
-        "medium": _tile(128, 128, 32, 4, 4),
+        "medium": _tile(128, 128, 32, 8, 4),
         "large": _tile(128, 256, 32, 8, 3),
     },
     "sm_90": {
@@ -42,6 +44,7 @@ _GEMM = {
 }
 _GEMM_FP32 = _tile(64, 64, 16, 4, 2)  # "ieee" products run on FMA units: a small tile fills them
 MAX_BLOCK_R = 64
+SUM_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 
 
 def block_r(rank: int, elem_bytes: int) -> int:
@@ -58,21 +61,29 @@ def arch_of(device: torch.device) -> str:
     return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
-def gemm_config(M: int, N: int, R: int, arch: str, elem_bytes: int) -> dict:
-    """The largest tile that still gives every SM a block."""
+def gemm_config(
+    M: int, N: int, R: int, arch: str, elem_bytes: int, *, dropout: bool = False, fuse: bool = False
+) -> dict:
+    """The largest tile that still gives every SM a block and does not spill.
+
+    With a mask in it (dx under dropout) not the largest: two smaller blocks on an SM let one hash
+    while the other multiplies. sm_80 keeps operands in registers: no room there for x Aᵀ as well.
+    """
     if elem_bytes == 4:
-        tile = _GEMM_FP32
+        return {**_GEMM_FP32, "BLOCK_R": 16}
+    tiles = _GEMM[arch]
+    large_ok = not dropout and not (fuse and arch == "sm_80")
+    if M <= 16:
+        tile = tiles["rows16"]
+    elif large_ok and -(-M // 128) * -(-N // 256) >= _SMS[arch]:
+        tile = tiles["large"]
+    elif -(-M // 128) * -(-N // 128) >= _SMS[arch]:
+        tile = tiles["medium"]
     else:
-        tiles = _GEMM[arch]
-        if M <= 16:
-            tile = tiles["rows16"]
-        elif -(-M // 128) * -(-N // 256) >= _SMS[arch]:
-            tile = tiles["large"]
-        elif -(-M // 128) * -(-N // 128) >= _SMS[arch]:
-            tile = tiles["medium"]
-        else:
-            tile = tiles["small"]
-    return {**tile, "BLOCK_R": block_r(R, elem_bytes)}
+        tile = tiles["small"]
+    # Inside the K loop the whole rank must fit; else it is a loop, and narrow steps save registers.
+    high = MAX_BLOCK_R if fuse else 32
+    return {**tile, "BLOCK_R": 16 if R <= 16 or dropout else high}
 
 
 def _skinny(arch: str, elem_bytes: int) -> dict:
@@ -84,7 +95,10 @@ def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
     rows = 64 if -(-M // 64) >= _SMS[arch] // 2 else 16
     k = 32 if elem_bytes == 4 else 128
     cfg = dict(BLOCK_M=rows, BLOCK_K=k, BLOCK_R=block_r(R, elem_bytes))
-    return {**cfg, **_skinny(arch, elem_bytes)}
+    cfg |= _skinny(arch, elem_bytes)
+    if rows * cfg["BLOCK_R"] > 1024 and arch != "gfx942":
+        cfg["num_warps"] = 8  # four spill under dropout; on gfx942 eight do
+    return cfg
 
 
 def _fuse_shrink(M: int, N: int, R: int, dropout: bool) -> bool:
@@ -101,7 +115,7 @@ def lora_fwd_config(
     fuse = _fuse_shrink(M, N, R, dropout) and R <= block_r(R, elem_bytes)
     return {
         "fuse_shrink": fuse,
-        "gemm": gemm_config(M, N, R, arch, elem_bytes),
+        "gemm": gemm_config(M, N, R, arch, elem_bytes, fuse=fuse),
         "shrink": None if fuse else _shrink_config(M, R, arch, elem_bytes),
     }
 
@@ -110,9 +124,14 @@ def _dsdb_config(R: int, arch: str, elem_bytes: int) -> dict:
     r = block_r(R, elem_bytes)
     if elem_bytes == 4:
         return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_R=r, num_warps=4, num_stages=2)
-    # dB leaves once per BLOCK_M rows: rows buy traffic. 8 warps hold the [256, R] sum of dS.
-    rows = 128 if arch == "gfx942" else 256
-    return dict(BLOCK_M=rows, BLOCK_N=64, BLOCK_R=r, num_warps=8, num_stages=2)
+    # dB leaves once per BLOCK_M rows: rows buy traffic. More than these spill.
+    low = r == 16
+    rows, columns = {
+        "sm_80": (128, 64 if low else 32),
+        "sm_90": (256, 64),
+        "gfx942": (128 if low else 64, 64),
+    }[arch]
+    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=r, num_warps=8, num_stages=2)
 
 
 def _da_config(R: int, arch: str, elem_bytes: int) -> dict:
@@ -126,13 +145,18 @@ def _splits(blocks: int, length: int, step: int, arch: str) -> int:
     return max(1, min(-(-2 * _SMS[arch] // blocks), -(-length // step)))
 
 
-def lora_bwd_config(M: int, N: int, K: int, R: int, arch: str, *, elem_bytes: int = 2) -> dict:
-    """{"gemm": …, "dsdb": …, "dsdb_splits": int, "da": …, "da_splits": int}; splits are over N and M."""
+def lora_bwd_config(
+    M: int, N: int, K: int, R: int, arch: str, *, dropout: bool = False, elem_bytes: int = 2
+) -> dict:
+    """{"gemm": …, "dsdb": …, "dsdb_splits": int, "da": …, "da_splits": int}.
+
+    gemm is for dx[M,K]; dsdb's pass over dy[M,N] splits N, da's pass over x[M,K] splits M.
+    """
     dsdb = _dsdb_config(R, arch, elem_bytes)
     da = _da_config(R, arch, elem_bytes)
     ranks = -(-R // dsdb["BLOCK_R"])
     return {
-        "gemm": gemm_config(M, K, R, arch, elem_bytes),
+        "gemm": gemm_config(M, K, R, arch, elem_bytes, dropout=dropout),
         "dsdb": dsdb,
         "dsdb_splits": _splits(-(-M // dsdb["BLOCK_M"]) * ranks, N, 4 * dsdb["BLOCK_N"], arch),
         "da": da,
@@ -140,37 +164,37 @@ def lora_bwd_config(M: int, N: int, K: int, R: int, arch: str, *, elem_bytes: in
     }
 
 
-def lora_configs(arch: str) -> list[dict]:
-    """Every (kernel, flags, config) that the heuristics can choose on `arch`, each once.
+# Sizes on both sides of every threshold above; tests/kernels compares with random shapes.
+_SIZES = (1, 16, 64, 128, 512, 1024, 2048, 4096, 8192, 32768)
+_NEEDS = [(t, b, c) for t in (True, False) for b in (True, False) for c in (True, False)][:-1]
 
-    Rows {"kernel", "elem_bytes", "flags", "config"}. It runs the heuristics themselves over one shape
-    from each of their regions, so a new branch there needs a new shape here (a test compares both on
-    random shapes).
+
+def lora_configs(arch: str) -> list[dict]:
+    """Every (kernel, flags, config) that the launchers can choose on `arch`, each once.
+
+    Rows {"kernel", "elem_bytes", "adapter_bytes", "flags", "config"}, made by running the
+    heuristics over a grid of shapes, for 16-bit inputs with adapters alike or fp32, and for fp32.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch: expected one of {ARCHS}, got {arch!r}")
-    rows: list[dict] = []
+    rows: dict[str, dict] = {}
 
-    def add(kernel: str, elem_bytes: int, config: dict, **flags: bool) -> None:
-        row = dict(kernel=kernel, elem_bytes=elem_bytes, flags=flags, config=config)
-        if row not in rows:
-            rows.append(row)
+    def add(kernel: str, sizes: tuple[int, int], config: dict, **flags: bool) -> None:
+        row = dict(kernel=kernel, elem_bytes=sizes[0], adapter_bytes=sizes[1], flags=flags)
+        rows.setdefault(str((row, config)), {**row, "config": config})
 
-    shapes = [(m, n) for m in (16, 64, 512, 8192, 32768) for n in (64, 1024, 4096)]
-    for elem_bytes in (2, 4):
-        for m, n in shapes:
-            for r in (16, 64):
-                for p in (False, True):
-                    f = lora_fwd_config(m, n, n, r, arch, dropout=p, elem_bytes=elem_bytes)
-                    fuse = f["fuse_shrink"]
-                    add("gemm", elem_bytes, f["gemm"], HAS_BIAS=True, FUSE_S=fuse, DROPOUT=False)
-                    if not fuse:
-                        add("shrink", elem_bytes, f["shrink"], DROPOUT=p)
-                    g = lora_bwd_config(m, n, n, r, arch, elem_bytes=elem_bytes)
-                    add("gemm_dx", elem_bytes, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
-                    add("da", elem_bytes, g["da"], DROPOUT=p)
-                    for ds, db, bias in ((True, True, False), (True, True, True)):
-                        flags = dict(NEED_DS=ds, NEED_DB=db, NEED_DBIAS=bias)
-                        add("dsdb", elem_bytes, g["dsdb"], **flags)
-    add("sum", 4, dict(BLOCK=1024, num_warps=4, num_stages=1))
-    return rows
+    for sizes in ((2, 2), (2, 4), (4, 4)):
+        for m, n, r, p in itertools.product(_SIZES, _SIZES, (16, 64), (False, True)):
+            f = lora_fwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
+            g = lora_bwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
+            fuse = f["fuse_shrink"]
+            for bias in (True, False):
+                add("gemm", sizes, f["gemm"], HAS_BIAS=bias, FUSE_S=fuse, DROPOUT=False)
+            if not fuse:
+                add("shrink", sizes, f["shrink"], DROPOUT=p)
+            add("gemm_dx", sizes, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
+            add("da", (sizes[0], sizes[0]), g["da"], DROPOUT=p)
+            for t, b, c in _NEEDS:
+                add("dsdb", sizes, g["dsdb"], NEED_DS=t, NEED_DB=b, NEED_DBIAS=c)
+        add("sum", (sizes[1], 4), SUM_CONFIG)
+    return list(rows.values())

@@ -1,0 +1,68 @@
+"""The tile heuristics: finite, listed in full, monotonous where it matters. No triton needed."""
+
+import random
+
+import pytest
+
+from fusedpeft.kernels.lora_tables import (
+    ARCHS,
+    block_r,
+    lora_bwd_config,
+    lora_configs,
+    lora_fwd_config,
+)
+
+
+def listed(arch):
+    keys = set()
+    for row in lora_configs(arch):
+        flags = tuple(sorted(k for k, v in row["flags"].items() if v))
+        config = tuple(sorted(row["config"].items()))
+        keys.add((row["kernel"], row["elem_bytes"], flags, config))
+    return keys
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_choice_is_listed(arch):
+    rng = random.Random(0)
+    known = listed(arch)
+    for _ in range(3000):
+        m, n, k = (int(2 ** rng.uniform(0, 17)) for _ in range(3))
+        r, p, size = rng.randint(1, 200), rng.random() < 0.5, rng.choice((2, 4))
+        f = lora_fwd_config(m, n, k, r, arch, dropout=p, elem_bytes=size)
+        g = lora_bwd_config(m, n, k, r, arch, dropout=p, elem_bytes=size)
+        drop = ("DROPOUT",) if p else ()
+        fuse = ("FUSE_S", "HAS_BIAS") if f["fuse_shrink"] else ("HAS_BIAS",)
+        chosen = [("gemm", fuse, f["gemm"]), ("gemm_dx", drop, g["gemm"]), ("da", drop, g["da"])]
+        chosen.append(("dsdb", ("NEED_DB", "NEED_DS"), g["dsdb"]))
+        if f["shrink"]:
+            chosen.append(("shrink", drop, f["shrink"]))
+        for kernel, flags, config in chosen:
+            key = (kernel, size, flags, tuple(sorted(config.items())))
+            assert key in known, (m, n, k, r, p, key)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("r", [1, 15, 16, 17, 64, 65, 200])
+def test_a_fused_shrink_holds_the_whole_rank(arch, r):
+    for m in (1, 16, 17, 64, 65, 8192):
+        for n in (16, 1024, 1025, 8192):
+            f = lora_fwd_config(m, n, 4096, r, arch)
+            assert f["fuse_shrink"] == (f["shrink"] is None)
+            assert not f["fuse_shrink"] or r <= f["gemm"]["BLOCK_R"]
+            assert not lora_fwd_config(m, n, 4096, r, arch, dropout=True)["fuse_shrink"]
+
+
+def test_splits_never_exceed_the_work():
+    for arch in ARCHS:
+        for m, n, k in ((1, 1, 1), (8192, 4096, 4096), (17, 100_000, 3), (100_000, 3, 17)):
+            g = lora_bwd_config(m, n, k, 16, arch)
+            assert 1 <= g["dsdb_splits"] <= -(-n // g["dsdb"]["BLOCK_N"])
+            assert 1 <= g["da_splits"] <= -(-m // g["da"]["BLOCK_M"])
+
+
+def test_rank_tiles_and_unknown_arch():
+    assert [block_r(r, 2) for r in (1, 16, 17, 500)] == [16, 16, 64, 64]
+    assert block_r(500, 4) == 16
+    with pytest.raises(ValueError, match="expected one of .* got 'sm_61'"):
+        lora_configs("sm_61")
