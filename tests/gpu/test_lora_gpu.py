@@ -79,12 +79,17 @@ def check(got, leaves, dy, p=0.0, seed=None):
 
 
 @pytest.fixture(autouse=True)
-def exact_fp32(monkeypatch):
-    """The fp32 bar is torch's true fp32, not TF32; 16-bit sums in fp32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_matmul():
+    """The bar is torch's true fp32, not TF32, and 16-bit products summed in fp32."""
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_bf16_reduced_precision_reduction", False)
-    monkeypatch.setattr(matmul, "allow_fp16_reduced_precision_reduction", False)
+    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
+    names += ("allow_fp16_reduced_precision_reduction",)
+    before = [getattr(matmul, name) for name in names]
+    for name in names:
+        setattr(matmul, name, False)
+    yield
+    for name, value in zip(names, before, strict=True):
+        setattr(matmul, name, value)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
