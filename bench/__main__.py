@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="of timed rounds a case")
     parser.add_argument("--budget", type=float, help="start no case after so many seconds")
     parser.add_argument("--warm", action="store_true", help="leave the weights in the cache")
+    parser.add_argument("--save", action="store_true", help="write to bench/results/<device>/")
     args = parser.parse_args(argv)
     if args.ledger:
         return run_ledger(args.root)
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
     run_op(
         args.op, args.device, args.json, full=args.full, case=args.case, impls=args.impl,
-        seconds=args.seconds, budget=args.budget, warm=args.warm,
+        seconds=args.seconds, budget=args.budget, warm=args.warm, save=args.save,
     )  # fmt: skip
     return 0
 

@@ -1,6 +1,6 @@
 """Bench of `ops.lora_linear`.
 
-    fusedpeft bench lora --device cpu --json FILE    decode, training, a slice of the models' linears
+    fusedpeft bench lora --device cpu --json FILE    decode, training, slices of models
     fusedpeft bench lora --device cpu --full         every linear of the models at 1 to 16 tokens
     fusedpeft bench lora --device cuda --json FILE   throughput shapes
 

@@ -30,6 +30,7 @@ def main(
     seconds: float = 1.0,
     budget: float | None = None,
     warm: bool = False,
+    save: bool = False,
 ) -> list[dict]:
     """Bench one op: see `fusedpeft.bench.run.run_op`."""
     from fusedpeft.bench.run import run_op
@@ -44,6 +45,7 @@ def main(
         seconds=seconds,
         budget=budget,
         warm=warm,
+        save=save,
     )
 
 
@@ -76,6 +78,9 @@ def lora(
         float | None, typer.Option(help="Start no case after so many seconds.")
     ] = None,
     warm: Annotated[bool, typer.Option("--warm", help="Leave the weights in the cache.")] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Write to bench/results/<device>/, to be committed.")
+    ] = False,
 ) -> None:
     """ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."""
     _exit(
@@ -89,6 +94,7 @@ def lora(
             seconds=seconds,
             budget=budget,
             warm=warm,
+            save=save,
         )
     )
 

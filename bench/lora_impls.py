@@ -134,11 +134,11 @@ def make_case(
     warm: bool = False,
 ) -> Case:
     """One shape of `lora_linear` with its contestants; kind is fwd, train or bwd."""
-    gen = torch.Generator(device="cpu").manual_seed(m + n + k + r)
+    gen = torch.Generator(device=device).manual_seed(m + n + k + r)
     grad = kind != "fwd"
 
     def draw(rows: int, cols: int, std: float) -> Tensor:
-        return (torch.randn(rows, cols, generator=gen) * std).to(dtype).to(device)
+        return (torch.randn(rows, cols, generator=gen, device=device) * std).to(dtype)
 
     first = Weights(
         draw(n, k, k**-0.5),

@@ -107,7 +107,7 @@ def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(title), title_justify="left", title_style="bold")
+        table = Table()
         for i, name in enumerate(header):
             table.add_column(Text(name), justify="left" if i == 0 else "right", no_wrap=True)
         for line in lines:
@@ -115,6 +115,7 @@ def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
         console = Console()
         if not console.is_terminal:
             console.width = 200  # a log or a pipe: never cut a figure off
+        console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(table)
         return
     width = [max(len(row[i]) for row in [header, *lines]) for i in range(len(header))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fusedpeft.bench import report
+from fusedpeft.bench import record, report
 from fusedpeft.bench.ceilings import measure
 from fusedpeft.bench.harness import run_case
 from fusedpeft.errors import InputError
@@ -35,12 +35,14 @@ def run_op(
     seconds: float = 1.0,
     budget: float | None = None,
     warm: bool = False,
+    save: bool = False,
 ) -> list[dict]:
     """Benches one op and returns its rows.
 
     case: only labels that contain every one of its words; impls: only these contestants (the floor
     is always among them); seconds: of rounds a case; budget: no case starts after so many seconds;
-    warm: one copy of the weights, so that a CPU's cache may hold them.
+    warm: one copy of the weights, so that a CPU's cache may hold them; save: the rows and the
+    environment go to bench/results/<device>/, to be committed.
     Raises InputError for an unknown op, case or contestant, BenchMismatch for a wrong result.
     """
     if op not in OPS:
@@ -60,6 +62,11 @@ def run_op(
         )
     only = (*impls, module.FLOOR) if impls else None
 
+    if save:
+        root = record.checkout(None)
+        out = record.results_dir(root, dev)
+        record.write_environment(out, dev, root)
+        json = out / f"{op}.json"
     start = time.perf_counter()
     ceilings = measure(dev, sorted({s.dtype for s in chosen}, key=str))
     rates = ", ".join(

@@ -1,0 +1,132 @@
+"""Writes the measured table of README.md from the committed files of bench/results.
+
+    python -m fusedpeft.bench.readme [--check] [--root DIR]
+
+Only what lies between `<!-- measured:begin -->` and `<!-- measured:end -->` is replaced. --check
+changes nothing and exits with 1 where the table is not what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+from fusedpeft.bench.ledger import Result, ledger, load_results
+from fusedpeft.bench.record import checkout
+from fusedpeft.errors import InputError
+
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+OURS = "fusedpeft"
+PEERS = ("peft", "torch.compile", "reference")
+LISTED = 12  # cases a device and op; the others are summed up in one line
+
+
+def _cases(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+    """(case, dtype) -> impl -> row, in the file's order, where ours is among them."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["case"], row["dtype"]), {})[row["impl"]] = row
+    return {key: impls for key, impls in found.items() if OURS in impls}
+
+
+def _ratio(row: dict | None) -> str:
+    return "-" if row is None or row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+def _table(op: str, rows: list[dict]) -> list[str]:
+    cases = _cases(rows)
+    full = [key for key, impls in cases.items() if "reference" in impls][:LISTED]
+    lines = [
+        f"| {op} | dtype | µs | × frozen | "
+        + " | ".join(f"{p} × frozen" for p in PEERS)
+        + " | % of ceiling |",
+        "| --- " * (5 + len(PEERS)) + "|",
+    ]
+    for key in full:
+        impls = cases[key]
+        ours = impls[OURS]
+        peers = " | ".join(_ratio(impls.get(p)) for p in PEERS)
+        lines.append(
+            f"| {key[0]} | {key[1]} | {ours['median_us']:.1f} | **{_ratio(ours)}** | {peers} "
+            f"| {ours['pct_of_ceiling']:.0f} |"
+        )
+    rest = {k: v[OURS] for k, v in cases.items() if k not in full and v[OURS]["ratio"] is not None}
+    if rest:
+        ratios = [row["ratio"] for row in rest.values()]
+        worst = max(rest, key=lambda k: rest[k]["ratio"])
+        lines += [
+            "",
+            f"{len(rest)} further shapes of {op}: median {statistics.median(ratios):.2f} × frozen, "
+            f"worst {max(ratios):.2f} × ({worst[0]}, {worst[1]}).",
+        ]
+    return lines
+
+
+def _device(result: Result) -> list[str]:
+    env = result.environment
+    versions = ", ".join(
+        f"{name} {env['versions'][name]}"
+        for name in ("torch", "triton", "peft")
+        if env["versions"].get(name)
+    )
+    driver = f", driver {env['driver']}" if env["driver"] else ""
+    lines = [
+        f"**{env['device']}**{driver}, {versions}; commit {env['commit']}, {env['date']} "
+        f"(`bench/results/{result.path.name}`)",
+        "",
+    ]
+    for rows in result.rows.values():
+        lines += [*_table(rows[0]["op"], rows), ""]
+    return lines
+
+
+def measured(root: Path) -> str:
+    """The text between the markers: a table a device, then what a GPU has verified."""
+    results = [r for r in load_results(root) if r.rows]
+    lines: list[str] = []
+    for result in results:
+        lines += _device(result)
+    if not results:
+        lines += ["No measurement is committed yet.", ""]
+    states: dict[str, list[str]] = {}
+    for e in ledger(root):
+        states.setdefault(e.text, []).append(f"`{e.kernel}`")
+    lines += [f"GPU kernels, {text}: {', '.join(names)}." for text, names in states.items()]
+    return "\n".join(lines).strip()
+
+
+def rewrite(text: str, table: str) -> str:
+    """`text` with what lies between the markers replaced."""
+    head, begin, tail = text.partition(BEGIN)
+    _, end, after = tail.partition(END)
+    if not begin or not end:
+        raise InputError(f"README.md: expected the markers {BEGIN} and {END}, one after the other")
+    return f"{head}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="exit with 1 if it is out of date")
+    parser.add_argument("--root", type=Path, help="source checkout")
+    args = parser.parse_args(argv)
+    root = checkout(args.root)
+    path = root / "README.md"
+    if not path.is_file():
+        raise InputError(f"{path}: expected a README with the markers, found no file")
+    old = path.read_text()
+    new = rewrite(old, measured(root))
+    if args.check:
+        if new != old:
+            print("README.md: its table is out of date; run python -m fusedpeft.bench.readme")
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        sys.exit(print(error, file=sys.stderr) or 2)

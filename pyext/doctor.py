@@ -1,0 +1,139 @@
+"""`fusedpeft doctor`: what is installed, what was built, and which implementation each op takes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json as json_
+import os
+import platform
+
+import torch
+
+from fusedpeft import __version__
+from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
+from fusedpeft.ops.native import native
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "lm_eval")
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"fusedpeft": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        here = importlib.util.find_spec(name) is not None
+        found[name] = importlib.metadata.version(name) if here else None
+    return found
+
+
+def _devices() -> list[dict]:
+    found: list[dict] = [
+        {"device": "cpu", "name": platform.machine(), "threads": torch.get_num_threads()}
+    ]
+    for i in range(torch.cuda.device_count()):
+        props = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": props.name,
+                "capability": f"{props.major}.{props.minor}",
+                "memory_bytes": props.total_memory,
+            }
+        )
+    return found
+
+
+def _extension() -> dict:
+    """What `fusedpeft._C` was built with; {"built": False, "fix": …} where it is not there."""
+    if native is None:
+        return {"built": False, "fix": "build it: pip install -e . (needs a C++ compiler)"}
+    return {
+        "built": True,
+        "cpu_capability": native.cpu_capability(),
+        "fusedpeft_cpu": os.environ.get("FUSEDPEFT_CPU"),
+        **native.build_info(),
+    }
+
+
+def _choices(cuda: bool, triton: bool) -> list[dict]:
+    """One entry for an op and a case of it: implementation and reason, from the real dispatch."""
+    most = MAX_DECODE_TOKENS
+    cases = [
+        (f"CPU, 1-{most} tokens, no grad", "cpu", 1, False),
+        (f"CPU, more than {most} tokens, no grad", "cpu", most + 1, False),
+        ("CPU, training", "cpu", 1024, True),
+        ("CUDA", "cuda", 1024, True),
+    ]
+    found = []
+    for label, device, tokens, grad in cases:
+        impl, why = choose_impl(device, tokens, grad, native is not None)
+        if device == "cpu" and tokens <= most and native is None:
+            why = "fusedpeft._C is not built"
+        if impl == "triton" and not triton:
+            impl, why = "raises", "triton is not installed: pip install triton"
+        elif device == "cuda" and not cuda:
+            why += "; no CUDA device here"
+        found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
+    chunked = "chunks over tokens: the whole logits are never in memory"
+    for op in ("linear_logprob", "linear_cross_entropy"):
+        found.append({"op": op, "case": "any device", "impl": "aten", "why": chunked})
+    for op in ("ranking_loss", "pro_loss"):
+        why = "a few numbers a candidate: plain torch"
+        found.append({"op": op, "case": "any device", "impl": "torch", "why": why})
+    return found
+
+
+def diagnose() -> dict:
+    """Everything `doctor` prints, as plain data."""
+    versions = _versions()
+    return {
+        "versions": versions,
+        "devices": _devices(),
+        "extension": _extension(),
+        "ops": _choices(torch.cuda.is_available(), versions["triton"] is not None),
+    }
+
+
+def doctor(json: bool = False) -> None:
+    """Prints versions, devices, the extension's build and each op's implementation here.
+
+    json: one JSON document instead of tables.
+    """
+    found = diagnose()
+    if json:
+        print(json_.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a log or a pipe
+
+    def table(title: str, header: tuple[str, ...], rows: list[tuple]) -> None:
+        made = Table(*header)
+        for row in rows:
+            made.add_row(*(Text(str(cell)) for cell in row))
+        console.print(Text(title, style="bold"))
+        console.print(made)
+
+    rows = [(name, v or "not installed") for name, v in found["versions"].items()]
+    table("Versions", ("package", "version"), rows)
+    table(
+        "Devices",
+        ("device", "name", "details"),
+        [
+            (d["device"], d["name"], _details({k: d[k] for k in d if k not in ("device", "name")}))
+            for d in found["devices"]
+        ],
+    )
+    table("Extension fusedpeft._C", ("what", "value"), list(found["extension"].items()))
+    table(
+        "Which implementation each op takes here",
+        ("op", "case", "implementation", "why"),
+        [(o["op"], o["case"], o["impl"], o["why"]) for o in found["ops"]],
+    )
+
+
+def _details(values: dict) -> str:
+    return ", ".join(f"{k} {v}" for k, v in values.items())
