@@ -140,7 +140,8 @@ def markdown(rows: list[dict]) -> str:
     head = "kernel | arch | dtype | flags | config | regs | spills | shared KiB | blocks/SM | wgmma"
     lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for r in rows:
-        flags = " ".join(k.lower() for k, v in r["flags"].items() if v) or "-"
+        on = {**r["flags"], "hold": r["config"].get("HOLD", False)}
+        flags = " ".join(k.lower() for k, v in on.items() if v) or "-"
         sizes = {k: v for k, v in r["config"].items() if k.startswith("BLOCK")}
         config = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in sizes.items())
         config += f" w{r['config']['num_warps']} s{r['config']['num_stages']}"

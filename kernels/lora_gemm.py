@@ -6,8 +6,10 @@ Forward: W as given, s = drop(x)Aᵀ, B as given, no mask on the update. Backwar
 A enter by their transposed strides, s is dy·B, and the update takes the mask of (row, column).
 
 The update is summed first, masked, and the K loop then accumulates on top of it: one accumulator,
-with or without dropout, where an update added at the end would need a second one under a mask. With
-FUSE_S the K loop also makes s = x Aᵀ from the tile of x that it holds, and the update comes last.
+with or without dropout, where a masked update added at the end would need a second. Two exceptions
+without a mask. FUSE_S: the K loop also makes s = x Aᵀ from the tile of x that it holds, and the
+update comes last. HOLD: where a block has its SM to itself, nobody covers the wait for s and B, so
+these are loaded into registers, the K loop starts, and the update comes last.
 Blocks walk in groups of GROUP_M rows so that their tiles of W and x meet in L2.
 FLOPs 2·M·N·(K + R); bytes at least (M·K + N·K + M·N)·elem.
 """
@@ -33,7 +35,7 @@ def _lora_gemm_kernel(
     stride_sm, stride_om,
     HAS_BIAS: tl.constexpr, FUSE_S: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP_M: tl.constexpr,
+    GROUP_M: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     blocks_m = tl.cdiv(M, BLOCK_M)
@@ -55,24 +57,24 @@ def _lora_gemm_kernel(
     ks = tl.arange(0, BLOCK_K)
     rs = tl.arange(0, BLOCK_R)
 
+    s_ptrs = s_ptr + rows64[:, None] * stride_sm + rs[None, :]
+    b_ptrs = b_ptr + cols64[None, :] * stride_bn + rs[:, None] * stride_br
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     s_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    if HOLD:  # the first step of the rank: it arrives behind the K loop
+        b_held = tl.load(b_ptrs, mask=(rs < R)[:, None], other=0.0)  # [BLOCK_R, BLOCK_N]
+        s_held = tl.load(s_ptrs, mask=(rs < R)[None, :], other=0.0)  # [BLOCK_M, BLOCK_R]
     if not FUSE_S:
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        for r0 in tl.range(BLOCK_R if HOLD else 0, R, BLOCK_R, num_stages=1):
             r_ok = r0 + rs < R
-            s = tl.load(
-                s_ptr + rows64[:, None] * stride_sm + (r0 + rs)[None, :],
-                mask=r_ok[None, :], other=0.0,
-            )  # fmt: skip
-            b = tl.load(
-                b_ptr + cols64[None, :] * stride_bn + (r0 + rs)[:, None] * stride_br,
-                mask=r_ok[:, None], other=0.0,
-            )  # [BLOCK_R, BLOCK_N]  # fmt: skip
+            s = tl.load(s_ptrs + r0, mask=r_ok[None, :], other=0.0)
+            b = tl.load(b_ptrs + r0 * stride_br, mask=r_ok[:, None], other=0.0)
             s = (s.to(tl.float32) * scale).to(dtype)
             acc = tl.dot(s, b.to(dtype), acc, input_precision="ieee")
-        if DROPOUT:
-            keep = keep_mask(seed_ptr, rows, cols, threshold)
-            acc = tl.where(keep, acc * keep_scale, 0.0)
+    tl.static_assert(not (DROPOUT and (FUSE_S or HOLD)), "the mask is for what is summed first")
+    if DROPOUT:
+        keep = keep_mask(seed_ptr, rows, cols, threshold)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
 
     x_ptrs = x_ptr + rows64[:, None] * stride_xm + ks[None, :] * stride_xk
     w_ptrs = w_ptr + cols64[None, :] * stride_wn + ks[:, None] * stride_wk
@@ -90,15 +92,13 @@ def _lora_gemm_kernel(
         w_ptrs += BLOCK_K * stride_wk
 
     if FUSE_S:
-        s = s_acc.to(s_ptr.dtype.element_ty)
+        s_held = s_acc.to(s_ptr.dtype.element_ty)
         s_ptrs = s_ptr + rows.to(tl.int64)[:, None] * stride_sm + rs[None, :]
-        tl.store(s_ptrs, s, mask=row_ok[:, None] & (rs < R)[None, :] & (pid_n == 0))
-        b = tl.load(
-            b_ptr + cols64[None, :] * stride_bn + rs[:, None] * stride_br,
-            mask=(rs < R)[:, None], other=0.0,
-        )  # fmt: skip
-        s = (s.to(tl.float32) * scale).to(dtype)
-        acc = tl.dot(s, b.to(dtype), acc, input_precision="ieee")
+        tl.store(s_ptrs, s_held, mask=row_ok[:, None] & (rs < R)[None, :] & (pid_n == 0))
+        b_held = tl.load(b_ptrs, mask=(rs < R)[:, None], other=0.0)
+    if FUSE_S or HOLD:
+        s_held = (s_held.to(tl.float32) * scale).to(dtype)
+        acc = tl.dot(s_held, b_held.to(dtype), acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]

@@ -33,7 +33,7 @@ _GEMM = {
         "rows16": _tile(16, 32, 128, 4, 5),
         "small": _tile(64, 64, 64, 4, 5),
         "medium": _tile(128, 128, 64, 4, 3),  # 96 KiB: two blocks share an SM
-        "large": _tile(128, 256, 64, 8, 3),
+        "large": _tile(128, 256, 64, 8, 4),
     },
     "gfx942": {
         "rows16": _tile(16, 32, 128, 4, 2),
@@ -70,7 +70,7 @@ def gemm_config(
     while the other multiplies. sm_80 keeps operands in registers: no room there for x Aᵀ as well.
     """
     if elem_bytes == 4:
-        return {**_GEMM_FP32, "BLOCK_R": 16}
+        return {**_GEMM_FP32, "BLOCK_R": 16, "HOLD": False}
     tiles = _GEMM[arch]
     large_ok = not dropout and not (fuse and arch == "sm_80")
     if M <= 16:
@@ -83,7 +83,8 @@ def gemm_config(
         tile = tiles["small"]
     # Inside the K loop the whole rank must fit; else it is a loop, and narrow steps save registers.
     high = MAX_BLOCK_R if fuse else 32
-    return {**tile, "BLOCK_R": 16 if R <= 16 or dropout else high}
+    hold = arch == "sm_90" and tile is tiles["large"] and R <= 16 and not fuse
+    return {**tile, "BLOCK_R": 16 if R <= 16 or dropout else high, "HOLD": hold}
 
 
 def _skinny(arch: str, elem_bytes: int) -> dict:

@@ -18,8 +18,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from fusedpeft.kernels import lora, lora_bwd
+from fusedpeft.kernels import lora, lora_bwd, lora_tables
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
+from fusedpeft.kernels.lora_tables import ARCHS
 from fusedpeft.ops.dropout import dropout_ref, keep_mask_ref
 
 SHAPES = {  # M, N, K, R
@@ -108,26 +109,20 @@ def test_against_float64(name, dtype, p):
     check(ours(t, p, seed), t, p, seed)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
-def test_other_tables(arch, monkeypatch):
-    """The interpreter takes sm_80's tiles; the other tables' tiles must be as right."""
+@pytest.mark.parametrize("few_sms", [False, True])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_table(arch, few_sms, monkeypatch):
+    """The interpreter takes sm_80's tiles; the others must be as right, and so must the large ones,
+    which a small problem takes on a chip of one SM (with `held` updates and S in the K loop)."""
     monkeypatch.setattr(lora, "arch_of", lambda device: arch)
     monkeypatch.setattr(lora_bwd, "arch_of", lambda device: arch)
-    t = make((300, 70, 97, 20), torch.float16)
-    seed = torch.tensor([5])
-    for p in (0.0, 0.25):
-        check(ours(t, p, seed), t, p, seed)
-
-
-@pytest.mark.parametrize("tile", ["medium", "large"])
-def test_large_tiles(tile, monkeypatch):
-    """Tiles that only large problems take, on a small ragged one."""
-    from fusedpeft.kernels import lora_tables
-
-    table = {**lora_tables._GEMM["sm_80"], "small": lora_tables._GEMM["sm_80"][tile]}
-    monkeypatch.setitem(lora_tables._GEMM, "sm_80", table)
-    t = make((139, 263, 75, 16), torch.float16)
-    check(ours(t), t)
+    if few_sms:
+        monkeypatch.setitem(lora_tables._SMS, arch, 1)
+    for shape in ((139, 263, 75, 16), (139, 263, 75, 40)):
+        t = make(shape, torch.float16)
+        seed = torch.tensor([5])
+        for p in (0.0, 0.25):
+            check(ours(t, p, seed), t, p, seed)
 
 
 def test_frozen_base_of_zeros_shows_the_adapter():
