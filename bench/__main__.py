@@ -12,7 +12,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from fusedpeft.bench.harness import BenchMismatch
+from fusedpeft.bench.errors import BenchMismatch
 from fusedpeft.errors import InputError
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from fusedpeft.bench import __main__ as plain
-from fusedpeft.bench.harness import BenchMismatch
+from fusedpeft.bench.errors import BenchMismatch
 from fusedpeft.errors import InputError
 
 app = typer.Typer(

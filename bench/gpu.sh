@@ -8,7 +8,7 @@
 # Needs Python >= 3.10 with torch, triton, transformers, pytest and setuptools; nvcc and ninja for
 # the CUDA half. PYTHON chooses the interpreter, FUSEDPEFT_COMMIT names the commit where the copy
 # has no .git, LIMIT_S is the whole run's limit. A failed step does not stop the next.
-# Exit: 0 all passed, 1 a step failed, 3 no CUDA device.
+# Exit: 0 all passed, 1 a step failed, 2 no torch, 3 no CUDA device.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
@@ -26,6 +26,7 @@ if [ "$DRY" = 1 ]; then
   OUT=${OUT:-$(mktemp -d)}
   NAME="dry run on the CPU"
 else
+  probe pass || { echo "gpu.sh: $PYTHON cannot import torch; set PYTHON" && exit 2; }
   if ! probe 'raise SystemExit(not torch.cuda.is_available())'; then
     echo "gpu.sh: no CUDA device: nothing to verify (is it a CUDA build of torch that $PYTHON has?)"
     exit 3
@@ -92,13 +93,14 @@ else
   importable || { SUMMARY+=("import: FAILED (fusedpeft._C does not import)") && FAILED=1; }
 fi
 
+rm -f "$OUT"/{environment,tests,lora}.json # an older run must not speak for this one
 step environment 60 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --device "$DEVICE" --root "$ROOT"
 
 TESTS=(-m gpu tests/gpu)
 [ "$DRY" = 1 ] && TESTS=(tests/bench/test_harness.py)
 # Most of a GPU test is Triton compiling on one core.
 [ "$DRY" != 1 ] && probe 'import xdist' && TESTS+=(-n 6)
-rm -f "$OUT/tests.json" # an older run must not speak for this one
+
 step tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$WORK/tests.xml" "${TESTS[@]}"
 if [ -f "$WORK/tests.xml" ]; then
   step results 30 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --junit "$WORK/tests.xml" --root "$ROOT"
@@ -116,7 +118,7 @@ else
     "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/*cuda*.py
 fi
 
-rm -f "$OUT/lora.json"
+
 if [ "$DRY" = 1 ]; then
   step bench_lora 120 "$PYTHON" -m fusedpeft.bench lora --device cpu --seconds 0.05 \
     --case 'decode M4 768->768 bf16' --impl fusedpeft --json "$OUT/lora.json"

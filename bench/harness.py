@@ -22,14 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fusedpeft.bench.errors import BenchMismatch
+
 Outputs = tuple[Tensor, ...]
 Call = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU named in this project
 DEFAULT_L3_BYTES = 32 << 20
-
-
-class BenchMismatch(RuntimeError):
-    """An implementation disagrees with float64: nothing is timed, nothing is written."""
 
 
 @dataclass(frozen=True)

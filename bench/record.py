@@ -141,6 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         report.write_json(out / TESTS, tests)
         counts = {o: sum(t["outcome"] == o for t in tests) for o in ("passed", "failed", "skipped")}
         print(", ".join(f"{n} {o}" for o, n in counts.items()))
+        return int(counts["passed"] == 0)  # a run that skipped everything has shown nothing
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fusedpeft.bench.ceilings import measure
 from fusedpeft.bench.harness import run_case
 from fusedpeft.errors import InputError
 
+BUSY = 0.5  # load average of a machine that is not quiet
 OPS = {"lora": "fusedpeft.bench.bench_lora"}
 
 
@@ -67,13 +69,15 @@ def run_op(
         out = record.results_dir(root, dev)
         record.write_environment(out, dev, root)
         json = out / f"{op}.json"
-    start = time.perf_counter()
+    start, load = time.perf_counter(), os.getloadavg()[0]
     ceilings = measure(dev, sorted({s.dtype for s in chosen}, key=str))
     rates = ", ".join(
         f"{report.DTYPE_NAMES[d]} {v:.3f} TFLOP/s" for d, v in ceilings.tflop_per_s.items()
     )
     print(f"{report.device_name(dev)}, torch {torch.__version__}")
     print(f"ceilings of this run: copy {ceilings.gb_per_s:.1f} GB/s; product {rates}")
+    if load > BUSY:
+        print(f"load average {load:.1f} before the start: others compute here, trust no figure")
     commit = report.commit()
     rows: list[dict] = []
     said: set[str] = set()

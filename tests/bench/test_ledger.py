@@ -122,6 +122,9 @@ def test_skipped_tests_verify_nothing(root):
         t["outcome"] = "skipped"
     report.write_json(out / "tests.json", tests)
     assert states(root)["kernels/toy.py"][1] == "unverified (never run on a GPU)"
+    nothing = '<testcase classname="t.test_toy" name="a"><skipped message="no GPU"/></testcase>'
+    (root / "none.xml").write_text(f"<testsuites>{nothing}</testsuites>")
+    assert record.main(["--root", str(root), "--out", str(out), "--junit", str(root / "none.xml")])
 
 
 def test_tests_speak_for_a_kernel_by_name_and_import(root):

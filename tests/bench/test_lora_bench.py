@@ -6,9 +6,13 @@ import sys
 
 import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 from fusedpeft.bench import bench_lora, lora_impls
-from fusedpeft.bench.harness import BenchMismatch, run_case
+from fusedpeft.bench.cli import app
+from fusedpeft.bench.errors import BenchMismatch
+from fusedpeft.bench.harness import run_case
 from fusedpeft.bench.run import run_op
 from fusedpeft.errors import InputError
 
@@ -98,3 +102,35 @@ def test_module_command_exits_with_2_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "nothing matches" in done.stderr
+
+
+@pytest.fixture
+def mounted():
+    """As `fusedpeft bench …`: the application is one of several."""
+    whole = typer.Typer()
+    whole.add_typer(app, name="bench")
+    whole.command()(lambda: None)
+    return lambda *args: CliRunner().invoke(whole, ["bench", *args])
+
+
+def test_cli(mounted, tmp_path):
+    out = tmp_path / "rows.json"
+    args = ("--case", "M1 768->768 fp32", "--impl", "fusedpeft", "--seconds", "0")
+    assert mounted("lora", *args, "--json", str(out)).exit_code == 0
+    assert [r["impl"] for r in json.loads(out.read_text())] == ["fusedpeft", "frozen"]
+    assert "kernels/lora.py" in mounted("--ledger").output
+    bad = mounted("lora", "--case", "M99")
+    assert bad.exit_code == 2 and "nothing matches" in bad.output
+    assert mounted("aot", "--arch", "sm_1").exit_code == 2  # its own parser refuses it
+
+
+def test_cli_reports_a_mismatch(mounted, monkeypatch):
+    monkeypatch.setattr(lora_impls, "_fusedpeft", lambda x, s: lora_impls._reference(x, s) * 2)
+    wrong = mounted("lora", "--case", "M1 768->768 fp32", "--impl", "fusedpeft")
+    assert wrong.exit_code == 1
+    assert "mismatch, nothing was timed" in wrong.output and "|got - ref64|" in wrong.output
+
+
+def test_the_command_line_is_light():
+    code = "import fusedpeft.bench.cli, sys; assert 'torch' not in sys.modules, 'imports torch'"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
