@@ -32,7 +32,7 @@ _GEMM = {
     "sm_90": {
         "rows16": _tile(16, 32, 128, 4, 5),
         "small": _tile(64, 64, 64, 4, 5),
-        "medium": _tile(128, 128, 64, 4, 3),  # 96 KiB: two blocks share an SM
+        "medium": _tile(128, 128, 64, 8, 3),  # 96 KiB: two blocks share an SM
         "large": _tile(128, 256, 64, 8, 4),
     },
     "gfx942": {
@@ -66,8 +66,8 @@ def gemm_config(
 ) -> dict:
     """The largest tile that still gives every SM a block and does not spill.
 
-    With a mask in it (dx under dropout) not the largest: two smaller blocks on an SM let one hash
-    while the other multiplies. sm_80 keeps operands in registers: no room there for x Aᵀ as well.
+    With a mask in it (dx under dropout) not the largest: the hash of so many elements spills.
+    sm_80 keeps operands in registers: no room there for x Aᵀ as well.
     """
     if elem_bytes == 4:
         return {**_GEMM_FP32, "BLOCK_R": 16, "HOLD": False}
@@ -81,8 +81,9 @@ def gemm_config(
         tile = tiles["medium"]
     else:
         tile = tiles["small"]
-    # Inside the K loop the whole rank must fit; else it is a loop, and narrow steps save registers.
-    high = MAX_BLOCK_R if fuse else 32
+    # Inside the K loop the whole rank must fit. Else it is a loop, in narrow steps where the rank
+    # allows no wide loads: an address for every element of the tile is what spills.
+    high = MAX_BLOCK_R if fuse else 32 if R % 16 == 0 else 16
     hold = arch == "sm_90" and tile is tiles["large"] and R <= 16 and not fuse
     return {**tile, "BLOCK_R": 16 if R <= 16 or dropout else high, "HOLD": hold}
 
@@ -94,7 +95,7 @@ def _skinny(arch: str, elem_bytes: int) -> dict:
 
 def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
     rows = 64 if -(-M // 64) >= _SMS[arch] // 2 else 16
-    k = 32 if elem_bytes == 4 else 128
+    k = 32 if elem_bytes == 4 else 128 if arch != "sm_80" else 64
     cfg = dict(BLOCK_M=rows, BLOCK_K=k, BLOCK_R=block_r(R, elem_bytes))
     cfg |= _skinny(arch, elem_bytes)
     if rows * cfg["BLOCK_R"] > 1024 and arch != "gfx942":
@@ -124,15 +125,15 @@ def lora_fwd_config(
 def _dsdb_config(R: int, arch: str, elem_bytes: int) -> dict:
     r = block_r(R, elem_bytes)
     if elem_bytes == 4:
-        return dict(BLOCK_M=64, BLOCK_N=32, BLOCK_R=r, num_warps=4, num_stages=2)
+        return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=r, num_warps=4, num_stages=2)
     # dB leaves once per BLOCK_M rows: rows buy traffic. More than these spill.
-    low = r == 16
-    rows, columns = {
-        "sm_80": (128, 64 if low else 32),
-        "sm_90": (256, 64),
-        "gfx942": (128 if low else 64, 64),
+    wide = r > 16
+    rows, columns, warps = {
+        "sm_80": (128, 32 if wide else 64, 8),
+        "sm_90": (256, 64, 8),
+        "gfx942": (64, 64, 4) if wide else (128, 64, 8),
     }[arch]
-    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=r, num_warps=8, num_stages=2)
+    return dict(BLOCK_M=rows, BLOCK_N=columns, BLOCK_R=r, num_warps=warps, num_stages=2)
 
 
 def _da_config(R: int, arch: str, elem_bytes: int) -> dict:
@@ -167,35 +168,38 @@ def lora_bwd_config(
 
 # Sizes on both sides of every threshold above; tests/kernels compares with random shapes.
 _SIZES = (1, 16, 64, 128, 512, 1024, 2048, 4096, 8192, 32768)
+_RANKS = (8, 16, 24, 64)
 _NEEDS = [(t, b, c) for t in (True, False) for b in (True, False) for c in (True, False)][:-1]
 
 
 def lora_configs(arch: str) -> list[dict]:
     """Every (kernel, flags, config) that the launchers can choose on `arch`, each once.
 
-    Rows {"kernel", "elem_bytes", "adapter_bytes", "flags", "config"}, made by running the
-    heuristics over a grid of shapes, for 16-bit inputs with adapters alike or fp32, and for fp32.
+    Rows {"kernel", "elem_bytes", "adapter_bytes", "wide_rank", "flags", "config"}, made by running
+    the heuristics over a grid of shapes, for 16-bit inputs with adapters alike or fp32, and for
+    fp32. wide_rank: R is a multiple of 16, which the compiler knows and loads wide.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch: expected one of {ARCHS}, got {arch!r}")
     rows: dict[str, dict] = {}
 
-    def add(kernel: str, sizes: tuple[int, int], config: dict, **flags: bool) -> None:
-        row = dict(kernel=kernel, elem_bytes=sizes[0], adapter_bytes=sizes[1], flags=flags)
+    def add(kernel: str, sizes: tuple[int, int], wide: bool, config: dict, **flags: bool) -> None:
+        row = dict(kernel=kernel, elem_bytes=sizes[0], adapter_bytes=sizes[1])
+        row |= dict(wide_rank=wide, flags=flags)
         rows.setdefault(str((row, config)), {**row, "config": config})
 
     for sizes in ((2, 2), (2, 4), (4, 4)):
-        for m, n, r, p in itertools.product(_SIZES, _SIZES, (16, 64), (False, True)):
+        for m, n, r, p in itertools.product(_SIZES, _SIZES, _RANKS, (False, True)):
             f = lora_fwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
             g = lora_bwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
-            fuse = f["fuse_shrink"]
+            fuse, wide = f["fuse_shrink"], r % 16 == 0
             for bias in (True, False):
-                add("gemm", sizes, f["gemm"], HAS_BIAS=bias, FUSE_S=fuse, DROPOUT=False)
+                add("gemm", sizes, wide, f["gemm"], HAS_BIAS=bias, FUSE_S=fuse, DROPOUT=False)
             if not fuse:
-                add("shrink", sizes, f["shrink"], DROPOUT=p)
-            add("gemm_dx", sizes, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
-            add("da", (sizes[0], sizes[0]), g["da"], DROPOUT=p)
+                add("shrink", sizes, wide, f["shrink"], DROPOUT=p)
+            add("gemm_dx", sizes, wide, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
+            add("da", (sizes[0], sizes[0]), wide, g["da"], DROPOUT=p)
             for t, b, c in _NEEDS:
-                add("dsdb", sizes, g["dsdb"], NEED_DS=t, NEED_DB=b, NEED_DBIAS=c)
-        add("sum", (sizes[1], 4), SUM_CONFIG)
+                add("dsdb", sizes, wide, g["dsdb"], NEED_DS=t, NEED_DB=b, NEED_DBIAS=c)
+        add("sum", (sizes[1], 4), True, SUM_CONFIG)
     return list(rows.values())

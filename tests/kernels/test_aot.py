@@ -39,7 +39,7 @@ def test_the_committed_table_is_of_these_configurations():
     """bench/results/aot.json is made by the command; a changed table must be measured again."""
     file = ROOT / "bench/results/aot.json"
     rows = json.loads(file.read_text())["rows"]
-    keys = ("kernel", "elem_bytes", "adapter_bytes", "flags", "config")
+    keys = ("kernel", "elem_bytes", "adapter_bytes", "wide_rank", "flags", "config")
     for arch in ARCHS:
         committed = [{k: r[k] for k in keys} for r in rows if r["arch"] == arch]
         assert committed == lora_configs(arch), f"run: python -m fusedpeft.bench.aot --json {file}"
