@@ -10,8 +10,8 @@
 A trainable base (dw = dyᵀ x) is rare and plain: it is left to torch.matmul.
 
 At M 8192, K = N = 4096, R 16, bf16: dx 275 GFLOP; dy and x once more each (67 MB); partials of T
-4.2 MB, db 8.4 MB and da 2.4 MB, each written and read once. db's grow with R: from R 64 on they cost as
-much as a second pass over dy would.
+4.2 MB, db 8.4 MB and da 2.4 MB, each written and read once. Those of db grow with R: from R 64 on
+they cost as much as a second pass over dy would.
 """
 
 from __future__ import annotations
