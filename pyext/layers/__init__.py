@@ -1,0 +1,23 @@
+"""The layers: adapters on Hugging Face models, PEFT's checkpoints, PEFT models made fast."""
+
+from fusedpeft.layers.accelerate import AccelerateReport, accelerate
+from fusedpeft.layers.attach import activate, attach, detach, trainable_parameters
+from fusedpeft.layers.checkpoint import load_adapter, save_adapter
+from fusedpeft.layers.config import LoRA
+from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.merge import merge, unmerge
+
+__all__ = [
+    "AccelerateReport",
+    "LoRA",
+    "LoraLinear",
+    "accelerate",
+    "activate",
+    "attach",
+    "detach",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "trainable_parameters",
+    "unmerge",
+]

@@ -1,0 +1,203 @@
+"""PEFT's checkpoints: adapter_config.json and adapter_model.safetensors, written whole or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.attach import _attach, _check_new, lora_modules, state_of, unwrap
+from fusedpeft.layers.config import ALL_LINEAR, LoRA
+from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.peft_config import CONFIG_NAME, read_config, selects_modules, to_peft
+from fusedpeft.layers.targets import match_targets
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+_PREFIX = "base_model.model."
+# Tensor on disk -> the parameter's name here; the last is how PEFT wrote DoRA for a while.
+_SUFFIXES = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora_magnitude_vector": "lora_magnitude_vector",
+    ".lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+
+
+def _replace_file(path: Path, content: bytes) -> None:
+    """Write beside, flush to the disk, rename: a reader sees the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Path:
+    """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(base, dir)` or
+    `load_adapter`. Returns the folder, made if need be.
+
+    Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
+    `.lora_magnitude_vector` [N], in the parameters' dtype. Killed at any moment it leaves the old
+    adapter, the new one, or none that loads: never new weights under old settings.
+    Raises InputError for an unknown name and where `dir` is a file.
+    """
+    model = unwrap(model)
+    config = state_of(model, name).configs[name]
+    folder = Path(dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"save_adapter: expected a folder, {error.filename} is a file") from error
+
+    adapted = [(path, m) for path, m in lora_modules(model) if name in m.adapters]
+    tensors: dict[str, Tensor] = {}
+    for path, module in adapted:
+        adapter = module.adapters[name]
+        for suffix, attribute in list(_SUFFIXES.items())[:3]:
+            value = getattr(adapter, attribute)
+            if value is not None:
+                tensors[_PREFIX + path + suffix] = value.detach().cpu().contiguous()
+    targets = [p for p, _ in adapted] if config.targets == ALL_LINEAR else config.targets
+    settings = to_peft(config, targets, model, any(m.transposed for _, m in adapted))
+    text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+    config_path = folder / CONFIG_NAME
+    # The settings come last and mark the adapter complete: an old file that disagrees goes first.
+    if config_path.is_file() and config_path.read_bytes() != text:
+        config_path.unlink()
+    _replace_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    _replace_file(config_path, text)
+    return folder
+
+
+def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn.Module:
+    """Attach the LoRA adapter that PEFT or `save_adapter` wrote to `dir`, active and trainable,
+    under `name` (free so far); returns the model.
+
+    Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. Raises InputError, before the model is
+    changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
+    PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra or of another
+    shape, as in an adapter for another base.
+    """
+    model = unwrap(model)
+    folder = Path(dir)
+    config, raw = read_config(folder)
+    tensors = _read_weights(folder)
+    _check_new(model, name)
+    by_path, extra = _by_path(tensors)
+    if selects_modules(raw) and by_path:
+        # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
+        config = LoRA(**{**vars(config), "targets": tuple(by_path)})
+    _check_tensors(folder, model, config, by_path, extra)
+    _attach(model, config, name, strict=False)
+    with torch.no_grad():
+        for path, module in lora_modules(model):
+            if name in module.adapters:
+                for attribute, value in by_path[path].items():
+                    getattr(module.adapters[name], attribute).copy_(value)
+    return model
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        if (folder / PICKLE_NAME).exists():
+            raise InputError(
+                f"{folder / PICKLE_NAME} is a pickle, which can run code and is never opened here: "
+                f"convert it to {WEIGHTS_NAME} (PEFT's save_pretrained, where you trust it)"
+            )
+        raise InputError(f"expected {path}, there is no such file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is damaged or no safetensors file ({error}): copy or save it again"
+        ) from error
+
+
+def _by_path(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """{module path: {parameter: tensor}}, and the keys that are no LoRA tensor."""
+    by_path: dict[str, dict[str, Tensor]] = {}
+    extra = []
+    for key, tensor in tensors.items():
+        suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
+        if suffix is None or not key.startswith(_PREFIX):
+            extra.append(key)
+            continue
+        path = key[len(_PREFIX) : -len(suffix)]
+        by_path.setdefault(path, {})[_SUFFIXES[suffix]] = tensor
+    return by_path, extra
+
+
+def _listed(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} {kind}: {', '.join(names[:3])}{more}"
+
+
+def _expected(config: LoRA, path: str, module: nn.Module) -> dict[str, tuple[int, ...]]:
+    n, k = module.weight.shape
+    if isinstance(module, LoraLinear) or isinstance(module, nn.Linear):
+        transposed = getattr(module, "transposed", False)
+    else:
+        transposed = True  # Conv1D keeps [K, N]
+    n, k = (k, n) if transposed else (n, k)
+    rank, _ = config.rank_and_scale(path)
+    shapes = {"lora_A": (rank, k), "lora_B": (n, rank)}
+    return {**shapes, "lora_magnitude_vector": (n,)} if config.dora else shapes
+
+
+def _check_tensors(
+    folder: Path,
+    model: nn.Module,
+    config: LoRA,
+    by_path: dict[str, dict[str, Tensor]],
+    extra: list[str],
+) -> None:
+    try:
+        found = match_targets(model, config.targets, strict=False)
+    except InputError as error:
+        raise InputError(
+            f"{folder} holds an adapter for another base than this {type(model).__name__}: {error}"
+        ) from error
+    missing, wrong = [], []
+    for path, module in found.items():
+        here = by_path.get(path, {})
+        for attribute, shape in _expected(config, path, module).items():
+            if attribute not in here:
+                missing.append(f"{path}.{attribute}")
+            elif tuple(here[attribute].shape) != shape:
+                wrong.append(
+                    f"{path}.{attribute} is {tuple(here[attribute].shape)}, expected {shape}"
+                )
+            elif not here[attribute].is_floating_point():
+                wrong.append(f"{path}.{attribute} is {here[attribute].dtype}")
+        extra += [f"{path}.{a}" for a in here if a not in _expected(config, path, module)]
+    extra += [f"{path}.{a}" for path in by_path if path not in found for a in by_path[path]]
+    kinds = (("missing", missing), ("of another shape", wrong), ("extra", extra))
+    problems = [_listed(kind, names) for kind, names in kinds if names]
+    if problems:
+        raise InputError(
+            f"{folder / WEIGHTS_NAME} does not fit this {type(model).__name__} and its own "
+            f"settings; tensors {'; '.join(problems)}"
+        )

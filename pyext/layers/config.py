@@ -1,0 +1,107 @@
+"""What an adapter is: its settings, checked when they are written down, not when they are used."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fusedpeft.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ, scale = alpha / rank (rslora: alpha / √rank).
+
+    rank: R ≥ 1. dropout: of the adapter's input, in training only, 0 ≤ p < 1.
+    targets: "all-linear" (every linear but the output head), a list of module names ("q_proj": the
+    end of the path, whole components), or a string: a regular expression for the whole path.
+    rslora: Kalajdzievski 2023. dora: Liu et al. 2024, y = (m / ‖W + scale·BA‖) · (…) + bias with
+    one trained magnitude m per output; dropout stays on the adapter's path (PEFT drops W's input
+    too where the magnitude acts, which is why the two differ under DoRA with dropout).
+    rank_pattern, alpha_pattern: {regular expression for the end of a path: value}, as in PEFT.
+
+    Adapters are fp32 beside a 16-bit base, else of the base's dtype (PEFT's default);
+    `model.to(torch.bfloat16)` after `attach` makes them 16-bit too.
+    Raises InputError for a value out of range.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    rslora: bool = False
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"LoRA dropout: expected 0 <= p < 1, got {self.dropout!r}")
+        for name in ("rslora", "dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(
+                    f"LoRA {name}: expected true or false, got {getattr(self, name)!r}"
+                )
+        object.__setattr__(self, "targets", _check_targets(self.targets))
+        for name, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping):
+                raise InputError(f"LoRA {name}: expected {{pattern: value}}, got {pattern!r}")
+            for key, value in pattern.items():
+                _check_regex(name, key)
+                check(f"{name}[{key!r}]", value)
+            object.__setattr__(self, name, dict(pattern))
+
+    def rank_and_scale(self, path: str) -> tuple[int, float]:
+        """(R, scale) of the module at `path`, with the patterns applied."""
+        rank = _by_pattern(self.rank_pattern, path, self.rank)
+        alpha = _by_pattern(self.alpha_pattern, path, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _by_pattern(pattern: Mapping, path: str, default):
+    return next((v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", path)), default)
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"LoRA {name}: expected a whole number >= 1, got {value!r}")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if not _is_number(value) or value == 0:
+        raise InputError(f"LoRA {name}: expected a number other than 0, got {value!r}")
+
+
+def _check_regex(name: str, value: object) -> None:
+    try:
+        re.compile(value)
+    except (re.error, TypeError) as error:
+        raise InputError(
+            f"LoRA {name}: expected a regular expression, got {value!r} ({error})"
+        ) from error
+
+
+def _check_targets(targets: object) -> str | tuple[str, ...]:
+    if isinstance(targets, str):
+        if targets.lower() == ALL_LINEAR:
+            return ALL_LINEAR
+        _check_regex("targets", targets)
+        return targets
+    wanted = 'expected "all-linear", a list of module names or a regular expression'
+    if not isinstance(targets, (list, tuple, set, frozenset)) or not targets:
+        raise InputError(f"LoRA targets: {wanted}, got {targets!r}")
+    if not all(isinstance(t, str) and t for t in targets):
+        raise InputError(f"LoRA targets: {wanted}, got {targets!r}")
+    return tuple(sorted(targets) if isinstance(targets, (set, frozenset)) else targets)

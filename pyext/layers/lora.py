@@ -1,0 +1,124 @@
+"""The LoRA layer: a frozen linear and its adapters, one fused call a forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fusedpeft.ops import lora_linear
+
+
+def wide(t: Tensor) -> Tensor:
+    """At least fp32: what norms and merged weights are computed in."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+class LoraAdapter(nn.Module):
+    """The parameters of one adapter in one linear; the arithmetic is LoraLinear's.
+
+    lora_A [R, K], lora_B [N, R], lora_magnitude_vector [N] (DoRA) or None.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, magnitude: Tensor | None, scale: float, p: float):
+        super().__init__()
+        self.lora_A = nn.Parameter(a)
+        self.lora_B = nn.Parameter(b)
+        self.lora_magnitude_vector = None if magnitude is None else nn.Parameter(magnitude)
+        self.scale, self.dropout = scale, p
+
+    def extra_repr(self) -> str:
+        kind = "" if self.lora_magnitude_vector is None else ", dora"
+        (rank, k), n = self.lora_A.shape, self.lora_B.shape[0]
+        return f"{k} -> {rank} -> {n}, scale={self.scale:g}, dropout={self.dropout:g}{kind}"
+
+    def delta(self) -> Tensor:
+        """scale · B A, [N, K], in fp32 at least."""
+        return self.scale * (wide(self.lora_B) @ wide(self.lora_A))
+
+
+class LoraLinear(nn.Module):
+    """Stands where a linear stood: holds it as `base_layer`, and the adapters by name.
+
+    x [*, K] -> [*, N]. `transposed` is GPT-2's Conv1D, whose weight is [K, N]: a view serves.
+    The fused call reads the base's weight and bias and does not call the base, so hooks belong on
+    this module.
+    """
+
+    def __init__(self, base_layer: nn.Module, transposed: bool):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.transposed = transposed
+        shape = base_layer.weight.shape
+        self.in_features, self.out_features = shape if transposed else shape[::-1]
+        # All that forward reads, built beforehand. Empty: the base alone (none active, or merged).
+        self._active: tuple[LoraAdapter, ...] = ()
+        self.training = base_layer.training
+
+    # Models ask their linears for these (T5 reads `wo.weight.dtype`).
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    def weight_nk(self) -> Tensor:
+        """The base weight as [N, K], a view."""
+        weight = self.base_layer.weight
+        return weight.t() if self.transposed else weight
+
+    def add(self, name: str, rank: int, scale: float, dropout: float, dora: bool) -> None:
+        """A new adapter that changes nothing yet: A uniform in ±1/√K (as nn.Linear), B zero."""
+        weight = self.weight_nk()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a = torch.empty(rank, self.in_features, dtype=dtype, device=weight.device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        b = torch.zeros(self.out_features, rank, dtype=dtype, device=weight.device)
+        # The op's formula for the norm at B = 0, so that a fresh DoRA adapter multiplies by 1.0.
+        m = weight.detach().to(dtype).square().sum(1).sqrt() if dora else None
+        self.adapters[name] = LoraAdapter(a, b, m, scale, dropout)
+
+    def activate(self, names: Iterable[str], train: bool = True) -> None:
+        """Those of `names` that live here, in that order; they alone are trainable."""
+        self._active = tuple(self.adapters[n] for n in names if n in self.adapters)
+        for adapter in self.adapters.values():
+            adapter.requires_grad_(train and adapter in self._active)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active, base = self._active, self.base_layer
+        if not active:
+            return base(x)
+        first, weight = active[0], base.weight
+        y = lora_linear(
+            x,
+            weight.t() if self.transposed else weight,
+            first.lora_A,
+            first.lora_B,
+            first.scale,
+            base.bias,
+            dropout_p=first.dropout if self.training else 0.0,
+            magnitude=first.lora_magnitude_vector,
+        )
+        for adapter in active[1:]:
+            a = adapter.lora_A
+            dropped = F.dropout(x, adapter.dropout, self.training).to(a.dtype)
+            update = F.linear(F.linear(dropped, a), adapter.lora_B)
+            y = (y + adapter.scale * update).to(y.dtype)
+        return y
+
+    def merged_weight(self) -> Tensor:
+        """W with the active adapters in it, [N, K], in W's dtype."""
+        weight = self.weight_nk()
+        total = wide(weight)
+        for adapter in self._active:
+            total = total + adapter.delta()
+            if adapter.lora_magnitude_vector is not None:
+                factor = wide(adapter.lora_magnitude_vector) / total.norm(dim=1)
+                total = total * factor.unsqueeze(1)
+        return total.to(weight.dtype)

@@ -1,0 +1,107 @@
+"""adapter_config.json, PEFT's settings file, to and from `LoRA`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.config import LoRA
+
+CONFIG_NAME = "adapter_config.json"
+
+# Read into LoRA.
+_READ = {
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora",
+    "rank_pattern", "alpha_pattern",
+}  # fmt: skip
+# Choose modules: taken from the tensors instead.
+_SELECT = ("exclude_modules", "layers_to_transform", "layers_pattern")
+# Say nothing about what the tensors mean (fan_in_fan_out follows from the module's type; the
+# *_config of initialisations that leave the base alone only say how A and B began).
+_IGNORED = {
+    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version",
+    "inference_mode", "fan_in_fan_out", "qalora_group_size", "megatron_core", "runtime_config",
+    "eva_config", "ensure_weight_tying", "bias", "init_lora_weights", "_commit_hash", *_SELECT,
+}  # fmt: skip
+# PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, MiCA change the base at the start or freeze a factor.
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d: bool) -> dict:
+    """The settings as PEFT writes them; what is left out takes PEFT's defaults."""
+    can_generate = getattr(model, "can_generate", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if can_generate is not None and can_generate() else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)
+        or None,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
+        "fan_in_fan_out": conv1d,
+        "bias": "none",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def read_config(folder: Path) -> tuple[LoRA, dict[str, Any]]:
+    """(LoRA, the raw settings). Raises InputError: missing, no JSON, not LoRA, a variant."""
+    if not folder.is_dir():
+        raise InputError(f"expected a folder with an adapter at {folder}, there is none")
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise InputError(f"expected {path}, there is no such file")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    _check_plain(path, raw)
+    try:
+        config = LoRA(
+            rank=raw.get("r", 8),
+            alpha=raw.get("lora_alpha", 8),  # PEFT's default, not LoRA's
+            dropout=raw.get("lora_dropout", 0.0),
+            targets=raw.get("target_modules"),
+            rslora=raw.get("use_rslora", False),
+            dora=raw.get("use_dora", False),
+            rank_pattern=raw.get("rank_pattern") or {},
+            alpha_pattern=raw.get("alpha_pattern") or {},
+        )
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return config, raw
+
+
+def selects_modules(raw: dict[str, Any]) -> bool:
+    # layers_to_transform may be the layer 0.
+    return any(raw.get(key) not in (None, [], "") for key in _SELECT)
+
+
+def _check_plain(path: Path, raw: dict[str, Any]) -> None:
+    if raw.get("peft_type") != "LORA":
+        raise InputError(f"{path}: expected peft_type 'LORA', got {raw.get('peft_type')!r}")
+    if raw.get("bias", "none") != "none":
+        raise InputError(f"{path}: bias={raw['bias']!r} is not supported, only 'none'")
+    init = raw.get("init_lora_weights")
+    if init not in _PLAIN_INITS:
+        raise InputError(
+            f"{path}: init_lora_weights={init!r} is not supported: it changes the base's weights; "
+            "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+        )
+    unknown = [k for k in raw if k not in _READ and k not in _IGNORED and raw[k]]
+    if unknown:
+        named = ", ".join(f"{k}={raw[k]!r}" for k in unknown)
+        raise InputError(f"{path}: not supported, only plain LoRA and DoRA are: {named}")

@@ -1,0 +1,104 @@
+"""Which modules of a model an adapter's targets name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.config import ALL_LINEAR
+from fusedpeft.layers.lora import LoraLinear
+
+
+def nearest(wanted: str, known: Iterable[str]) -> str:
+    """ "; did you mean …?", or the names there are."""
+    known = sorted(set(known))
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(map(repr, close))}?"
+    shown = ", ".join(map(repr, known[:8])) + (", …" if len(known) > 8 else "")
+    return f"there are {shown}" if known else "there are none"
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module, without the insides of a LoraLinear and the model itself."""
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if path.startswith(inside):
+            continue
+        if isinstance(module, LoraLinear):
+            inside += (path + ".",)
+        if path:
+            found[path] = module
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, LoraLinear))
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Why LoRA cannot go on this module; None where it can."""
+    if isinstance(module, LoraLinear):
+        return None
+    kind = type(module)
+    if not _is_linear(module):
+        return f"a {kind.__name__}: expected nn.Linear or Conv1D"
+    # A subclass with its own forward (quantised, fused) does something that W alone does not tell,
+    # and nn.MultiheadAttention reads its projection's weight without calling it.
+    plain = kind.forward is nn.Linear.forward or kind.forward is Conv1D.forward
+    if not plain or kind.__name__ == "NonDynamicallyQuantizableLinear":
+        return f"a {kind.__module__}.{kind.__name__}: expected a plain nn.Linear or Conv1D"
+    if not module.weight.is_floating_point() or module.weight.ndim != 2:
+        return f"its weight is {module.weight.dtype}: expected a dense floating-point weight"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        return "it has hooks, which the fused call would skip: attach first, hook afterwards"
+    return None
+
+
+def _matches(name: str, path: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def match_targets(
+    model: nn.Module, targets: str | tuple[str, ...], *, strict: bool = True
+) -> dict[str, nn.Module]:
+    """Path -> linear (or LoraLinear) for what `targets` names, in the model's order.
+
+    strict: every name of a list must match something (a typo among good names is an error).
+    Raises InputError, with the nearest names, where nothing matches or a match is no plain linear.
+    """
+    modules = _modules(model)
+    linears = [path for path, m in modules.items() if _is_linear(m)]
+    ends = {path.rpartition(".")[2] for path in linears}
+    if targets == ALL_LINEAR:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        chosen = [p for p in linears if modules[p] is not head]
+        if not chosen:
+            raise InputError(
+                f"LoRA targets 'all-linear': no nn.Linear or Conv1D in {type(model).__name__}"
+            )
+    elif isinstance(targets, str):
+        chosen = [p for p in modules if re.fullmatch(targets, p)]
+        if not chosen:
+            hint = f'; for module names give a list, ["{targets}"]' if targets in ends else ""
+            raise InputError(
+                f"LoRA targets: the regular expression {targets!r} matches no module's whole path"
+                f"{hint or '; ' + nearest(targets, linears)}"
+            )
+    else:
+        lost = [t for t in targets if not any(_matches(t, p) for p in modules)]
+        if lost and (strict or len(lost) == len(targets)):
+            raise InputError(
+                f"LoRA targets: no module is named {lost[0]!r}; {nearest(lost[0], ends)}"
+            )
+        chosen = [p for p in modules if any(_matches(t, p) for t in targets)]
+    for path in chosen:
+        if reason := _why_not(modules[path]):
+            raise InputError(f"LoRA targets: cannot adapt {path!r}, {reason}")
+    return {p: modules[p] for p in chosen}
