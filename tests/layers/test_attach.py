@@ -1,0 +1,149 @@
+"""attach, activate, detach: what changes, what does not, what the model still can do."""
+
+import copy
+
+import pytest
+import torch
+
+import fusedpeft as fp
+from fusedpeft.errors import InputError
+from fusedpeft.layers import LoraLinear
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def adapted(model):
+    return {p: m for p, m in model.named_modules() if isinstance(m, LoraLinear)}
+
+
+def test_attach_is_silent_freezes_and_counts(build, ids):
+    model = build()
+    before = logits(model, ids)
+    assert fp.attach(model, fp.LoRA(rank=3)) is model
+    torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-6)
+    modules = adapted(model)
+    expected = sum(3 * (m.in_features + m.out_features) for m in modules.values())
+    assert fp.trainable_parameters(model) == expected > 0
+    assert all(
+        "adapters.default.lora_" in n for n, p in model.named_parameters() if p.requires_grad
+    )
+    head = model.get_output_embeddings()
+    assert not isinstance(head, LoraLinear)
+    assert len(modules) == {"LlamaForCausalLM": 14, "GPT2LMHeadModel": 8}[type(model).__name__]
+
+
+def test_init_is_uniform_in_one_over_root_k(llama):
+    fp.attach(llama, fp.LoRA(rank=64, targets=["up_proj"]))
+    for module in adapted(llama).values():
+        a, b = module.adapters["default"].lora_A, module.adapters["default"].lora_B
+        bound = 24**-0.5
+        assert a.abs().max() <= bound and a.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not b.any()
+
+
+def test_adapters_are_fp32_beside_bf16(llama, ids, stir):
+    model = fp.attach(llama.to(torch.bfloat16), fp.LoRA(dora=True))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in trainable} == {torch.float32}
+    stir(model)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainable)
+    fp.detach(model)
+    fp.attach(model, fp.LoRA()).to(torch.bfloat16)
+    assert logits(model, ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "targets, paths",
+    [
+        (["q_proj", "v_proj"], {"q_proj", "v_proj"}),
+        (["self_attn.o_proj"], {"o_proj"}),
+        (r".*\.1\.mlp\.(up|down)_proj", {"up_proj", "down_proj"}),
+        (["lm_head"], {"lm_head"}),
+    ],
+)
+def test_targets(llama, targets, paths):
+    fp.attach(llama, fp.LoRA(targets=targets))
+    assert {p.rpartition(".")[2] for p in adapted(llama)} == paths
+    if isinstance(targets, str):
+        assert all(".1." in p for p in adapted(llama))
+
+
+def test_patterns_choose_rank_and_scale_by_module(llama):
+    config = fp.LoRA(
+        rank=2, alpha=4, rank_pattern={r"0\..*q_proj": 5}, alpha_pattern={"up_proj": 9}
+    )
+    modules = adapted(fp.attach(llama, config))
+    first = modules["model.layers.0.self_attn.q_proj"].adapters["default"]
+    assert first.lora_A.shape[0] == 5 and first.scale == 4 / 5
+    assert modules["model.layers.1.self_attn.q_proj"].adapters["default"].lora_A.shape[0] == 2
+    assert modules["model.layers.1.mlp.up_proj"].adapters["default"].scale == 9 / 2
+
+
+def test_detach_returns_the_very_modules(build, ids):
+    model = build()
+    model.lm_head.weight.requires_grad_(False)
+    modules = dict(model.named_modules())
+    keys, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    fp.attach(model, fp.LoRA(), "one")
+    fp.attach(
+        model, fp.LoRA(targets=["c_attn" if "GPT2" in type(model).__name__ else "q_proj"]), "two"
+    )
+    fp.detach(model, "one")
+    assert len(adapted(model)) == 2
+    fp.detach(model, "two")
+    now = dict(model.named_modules())
+    assert list(now) == list(modules) and all(now[p] is modules[p] for p in modules)
+    assert list(model.state_dict()) == keys
+    assert [p.requires_grad for p in model.parameters()] == flags
+    with pytest.raises(InputError, match="has no adapter"):
+        fp.detach(model, "two")
+
+
+def test_activate_one_several_none(build, ids, stir):
+    model = build()
+    base = logits(model, ids)
+    fp.attach(model, fp.LoRA(rank=2), "one")
+    fp.attach(model, fp.LoRA(rank=5, alpha=3), "two")
+    stir(model)
+    out = {}
+    for key, names in {"two": "two", "one": "one", "sum": ["one", "two"], "none": None}.items():
+        fp.activate(model, names)
+        out[key] = logits(model, ids)
+        wanted = {n for n in ("one", "two") if names and n in names}
+        trained = {
+            n.split(".adapters.")[1].split(".")[0]
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
+        assert trained == wanted
+    assert torch.equal(out["none"], base)
+    # The sum in one linear is base + both updates.
+    fp.activate(model, ["two", "one"])
+    torch.testing.assert_close(logits(model, ids), out["sum"], rtol=0, atol=1e-5)
+    module = next(iter(adapted(model).values()))
+    x = torch.randn(4, module.in_features)
+    total = module.base_layer(x) + sum(x @ module.adapters[n].delta().t() for n in ("one", "two"))
+    torch.testing.assert_close(module(x), total, rtol=0, atol=1e-5)
+    assert len({round(o.sum().item(), 3) for o in out.values()}) == 4
+
+
+def test_a_module_that_stands_twice_is_adapted_in_both_places(ids):
+    shared = torch.nn.Linear(4, 4)
+    model = torch.nn.ModuleDict({"a": shared, "b": torch.nn.Sequential(shared)})
+    fp.attach(model, fp.LoRA())
+    assert model["a"] is model["b"][0] and isinstance(model["a"], LoraLinear)
+    fp.detach(model)
+    assert model["a"] is shared and model["b"][0] is shared
+
+
+def test_deepcopy_is_independent(llama, ids, stir):
+    model = stir(fp.attach(llama, fp.LoRA()))
+    twin, before = copy.deepcopy(model), logits(model, ids)
+    stir(twin, seed=9)
+    assert torch.equal(logits(model, ids), before) and not torch.equal(logits(twin, ids), before)
+    fp.detach(twin)
+    assert adapted(model) and not adapted(twin)

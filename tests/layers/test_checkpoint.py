@@ -1,0 +1,146 @@
+"""Checkpoints both ways with the installed PEFT: files, logits, gradients."""
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fusedpeft as fp
+from fusedpeft.errors import InputError
+from fusedpeft.layers import LoraLinear
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning")
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "patterns": {"rank_pattern": {r"0\..*": 6}, "alpha_pattern": {"c_fc|up_proj": 5}},
+}
+
+
+def run(model, ids):
+    """(logits, gradients by PEFT's key)."""
+    model.zero_grad()
+    logits = model(ids).logits
+    logits.square().mean().backward()
+    grads = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            path, _, leaf = name.removeprefix("base_model.model.").partition(".lora_")
+            path = path.removesuffix(".adapters.default")
+            grads[path, leaf.split(".")[0]] = p.grad
+    return logits.detach(), grads
+
+
+def assert_same(one, two, ids, train=True):
+    if train:
+        for model in (one, two):
+            for name, p in model.named_parameters():
+                p.requires_grad_("lora_" in name)
+    (y1, g1), (y2, g2) = run(one, ids), run(two, ids)
+    torch.testing.assert_close(y1, y2, rtol=0, atol=1e-5)
+    assert g1.keys() == g2.keys() and len(g1) >= 16
+    for key in g1:
+        torch.testing.assert_close(g1[key], g2[key], rtol=0, atol=1e-5, msg=str(key))
+    assert max(g.abs().max() for g in g1.values()) > 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ours_loads_in_peft(build, ids, stir, tmp_path, variant):
+    ours = stir(fp.attach(build(), fp.LoRA(rank=4, alpha=7, **VARIANTS[variant])))
+    base = build()(ids).logits
+    assert fp.save_adapter(ours, tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "a" / "b", is_trainable=True)
+    assert_same(ours, theirs, ids)
+    assert (theirs(ids).logits - base).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peft_loads_in_ours_and_goes_back_the_same(build, ids, stir, tmp_path, variant):
+    ours = fp.LoRA(rank=4, alpha=7, **VARIANTS[variant])
+    config = peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules="all-linear", use_rslora=ours.rslora,
+        use_dora=ours.dora, rank_pattern=ours.rank_pattern, alpha_pattern=ours.alpha_pattern,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    theirs = stir(peft.get_peft_model(build(), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = fp.load_adapter(build(), tmp_path / "theirs")
+    assert_same(model, theirs, ids)
+    fp.save_adapter(model, tmp_path / "ours")
+    one, two = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.parametrize(
+    "select",
+    [
+        {"target_modules": ["q_proj", "v_proj", "c_attn"], "layers_to_transform": [0]},
+        {"target_modules": "all-linear", "exclude_modules": ["up_proj"]},
+        {"target_modules": r".*layers\.[0-9]\.self_attn\.(q|k)_proj"},
+    ],
+)
+def test_peft_ways_to_choose_modules(llama, make_llama, ids, stir, tmp_path, select):
+    theirs = stir(peft.get_peft_model(make_llama(), peft.LoraConfig(r=3, **select)))
+    theirs.save_pretrained(tmp_path)
+    ours = fp.load_adapter(llama, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+    names = {p for p, m in ours.named_modules() if isinstance(m, LoraLinear)}
+    wrapped = {p for p, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert {f"base_model.model.{n}" for n in names} == wrapped
+
+
+def test_a_bf16_base_keeps_fp32_adapters_on_disk(llama, make_llama, ids, stir, tmp_path):
+    ours = stir(fp.attach(llama.bfloat16(), fp.LoRA()))
+    fp.save_adapter(ours, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float32}
+    theirs = peft.PeftModel.from_pretrained(make_llama().bfloat16(), tmp_path)
+    y = ours(ids).logits
+    assert (y - theirs(ids).logits).abs().max() < 0.02 * y.abs().max()
+
+
+def test_names_targets_and_settings_round_trip(llama, make_llama, tmp_path):
+    fp.attach(llama, fp.LoRA(targets=["q_proj", "down_proj"], dropout=0.1, rslora=True), "chat")
+    fp.save_adapter(llama, tmp_path, "chat")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["q_proj", "down_proj"]
+    assert settings["task_type"] == "CAUSAL_LM" and settings["base_model_name_or_path"] is None
+    model = fp.load_adapter(make_llama(), tmp_path, "other")
+    module = model.model.layers[0].self_attn.q_proj.adapters["other"]
+    assert module.dropout == 0.1 and module.scale == 16 / 8**0.5
+    fp.load_adapter(model, tmp_path, "second")
+    fp.activate(model, ["other", "second"])
+
+
+def test_a_saved_adapter_is_replaced_whole(llama, stir, tmp_path, monkeypatch):
+    """Stopped at any replacement, the folder holds the old adapter, the new one, or none."""
+    fp.attach(llama, fp.LoRA(rank=2), "old")
+    fp.attach(llama, fp.LoRA(rank=3), "new")
+    stir(llama)
+    replace, fail_at = os.replace, [0]
+
+    def failing(src, dst):
+        fail_at[0] -= 1
+        if fail_at[0] == 0:
+            raise KeyboardInterrupt
+        replace(src, dst)
+
+    for stop in (1, 2):
+        fp.save_adapter(llama, tmp_path, "old")
+        monkeypatch.setattr(os, "replace", failing)
+        fail_at[0] = stop
+        with pytest.raises(KeyboardInterrupt):
+            fp.save_adapter(llama, tmp_path, "new")
+        monkeypatch.setattr(os, "replace", replace)
+        assert not (tmp_path / "adapter_config.json").exists()
+        with pytest.raises(InputError, match="adapter_config.json"):
+            fp.load_adapter(llama, tmp_path, "again")
+        assert {p.name for p in tmp_path.iterdir()} == {"adapter_model.safetensors"}
+    fp.save_adapter(llama, tmp_path, "new")
+    fp.load_adapter(llama, tmp_path, "again")
