@@ -9,6 +9,14 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 
+def with_biases(model: torch.nn.Module) -> torch.nn.Module:
+    """Biases start at zero, which would hide one that is lost or added twice."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
 def tiny_llama(tie: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -21,11 +29,12 @@ def tiny_llama(tie: bool = False) -> LlamaForCausalLM:
         max_position_embeddings=64,
         tie_word_embeddings=tie,
         attention_bias=True,
+        mlp_bias=True,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
     )
-    return LlamaForCausalLM(config).eval()
+    return with_biases(LlamaForCausalLM(config))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -40,7 +49,7 @@ def tiny_gpt2() -> GPT2LMHeadModel:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return GPT2LMHeadModel(config).eval()
+    return with_biases(GPT2LMHeadModel(config))
 
 
 BUILDERS = {"llama": tiny_llama, "gpt2": tiny_gpt2}
