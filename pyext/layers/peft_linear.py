@@ -64,14 +64,14 @@ class FusedLinear(lora.Linear):
         magnitude = None
         if first in self.lora_variant:  # DoRA, as _fusable has seen to
             magnitude = modules["lora_magnitude_vector"]._modules[first].weight
-        weight = base.weight
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         y = lora_linear(
             x,
             weight if type(base) is nn.Linear else weight.t(),
-            lora_a[first].weight,
-            lora_b[first].weight,
+            lora_a[first]._parameters["weight"],
+            lora_b[first]._parameters["weight"],
             self.scaling[first],
-            base.bias,
+            bias,
             dropout_p=dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
             magnitude=magnitude,
         )
@@ -86,26 +86,29 @@ class FusedLinear(lora.Linear):
         return result.to(y.dtype)
 
     def _fusable(self, x: Tensor, base: nn.Module, lora_a, lora_b, names: list[str]) -> bool:
-        weight = base.weight
-        if type(weight) not in _PLAIN_TENSORS or not _unhooked(base):
-            return False
         if type(base) is not nn.Linear and type(base) is not Conv1D:
             return False  # the base was exchanged after the swap
+        weight = base._parameters.get("weight")  # once a layer a token: no nn.Module.__getattr__
+        if type(weight) not in _PLAIN_TENSORS or not _unhooked(base):
+            return False
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return False  # PEFT's answer, be it an error
-        if not x.is_floating_point() or not weight.is_floating_point():
+        if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
             return False
         if self.ephemeral_gpu_offload:
             return False
         dropouts, casts = self._modules["lora_dropout"]._modules, self.cast_input_dtype_enabled
         for name in names:
             a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
-            if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None:
+            if type(a) is not nn.Linear or type(b) is not nn.Linear:
                 return False
-            if type(a.weight) not in _PLAIN_TENSORS or type(b.weight) not in _PLAIN_TENSORS:
+            wa, wb = a._parameters.get("weight"), b._parameters.get("weight")
+            if type(wa) not in _PLAIN_TENSORS or type(wb) not in _PLAIN_TENSORS:
                 return False
-            dtype = a.weight.dtype
-            if dtype != b.weight.dtype or not (casts or x.dtype == dtype):
+            dtype = wa.dtype
+            if b._parameters["bias"] is not None or dtype != wb.dtype:
+                return False
+            if not casts and x.dtype != dtype:
                 return False
             if dtype != weight.dtype and dtype != torch.float32:
                 return False
