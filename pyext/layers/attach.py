@@ -53,7 +53,7 @@ def require_unmerged(state: State | None, what: str) -> None:
         raise InputError(f"cannot {what} while {list(state.merged)} are merged: unmerge first")
 
 
-def _check_new(model: nn.Module, name: str) -> None:
+def check_new(model: nn.Module, name: str) -> None:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise InputError(
             f"adapter name: expected a word without dots that is no method's name, got {name!r}"
@@ -87,14 +87,15 @@ def attach(model: nn.Module, config: LoRA, name: str = "default") -> nn.Module:
     Raises InputError, before anything is changed: no module matches (the nearest names are
     suggested), a name taken, a model that is merged or PEFT's.
     """
-    model = _attach(unwrap(model), config, name, strict=True)
+    attach_to(unwrap(model), config, name, strict=True)
     return model
 
 
-def _attach(model: nn.Module, config: LoRA, name: str, strict: bool) -> nn.Module:
+def attach_to(model: nn.Module, config: LoRA, name: str, strict: bool) -> None:
+    """`attach` on the unwrapped model; not strict: names of `targets` may match nothing."""
     if not isinstance(config, LoRA):
         raise InputError(f"attach: expected a LoRA config, got {type(config).__name__}")
-    _check_new(model, name)
+    check_new(model, name)
     found = match_targets(model, config.targets, strict=strict)
 
     state = getattr(model, _STATE, None)
@@ -112,7 +113,6 @@ def _attach(model: nn.Module, config: LoRA, name: str, strict: bool) -> nn.Modul
         module.add(name, rank, scale, config.dropout, config.dora)
     state.configs[name] = config
     activate(model, name)
-    return model
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:

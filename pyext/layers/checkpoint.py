@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.attach import _attach, _check_new, lora_modules, state_of, unwrap
+from fusedpeft.layers.attach import attach_to, check_new, lora_modules, state_of, unwrap
 from fusedpeft.layers.config import ALL_LINEAR, LoRA
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.peft_config import CONFIG_NAME, read_config, selects_modules, to_peft
@@ -99,19 +99,19 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra or of another
     shape, as in an adapter for another base.
     """
-    model = unwrap(model)
+    inner = unwrap(model)
     folder = Path(dir)
     config, raw = read_config(folder)
     tensors = _read_weights(folder)
-    _check_new(model, name)
+    check_new(inner, name)
     by_path, extra = _by_path(tensors)
     if selects_modules(raw) and by_path:
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
         config = LoRA(**{**vars(config), "targets": tuple(by_path)})
-    _check_tensors(folder, model, config, by_path, extra)
-    _attach(model, config, name, strict=False)
+    _check_tensors(folder, inner, config, by_path, extra)
+    attach_to(inner, config, name, strict=False)
     with torch.no_grad():
-        for path, module in lora_modules(model):
+        for path, module in lora_modules(inner):
             if name in module.adapters:
                 for attribute, value in by_path[path].items():
                     getattr(module.adapters[name], attribute).copy_(value)

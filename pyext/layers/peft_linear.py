@@ -85,7 +85,14 @@ class FusedLinear(lora.Linear):
             result = result + lora_b[name](lora_a[name](inner)) * self.scaling[name]
         return result.to(y.dtype)
 
-    def _fusable(self, x: Tensor, base: nn.Module, lora_a, lora_b, names: list[str]) -> bool:
+    def _fusable(
+        self,
+        x: Tensor,
+        base: nn.Module,
+        lora_a: dict[str, nn.Module],
+        lora_b: dict[str, nn.Module],
+        names: list[str],
+    ) -> bool:
         if type(base) is not nn.Linear and type(base) is not Conv1D:
             return False  # the base was exchanged after the swap
         weight = base._parameters.get("weight")  # once a layer a token: no nn.Module.__getattr__

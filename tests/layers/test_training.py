@@ -132,3 +132,26 @@ def test_learning_lowers_the_loss(build, ids):
         losses.append(gradients(model, ids)[0].item())
         optimizer.step()
     assert losses[-1] < losses[0] - 0.2  # a frozen, untrained head of std 0.02 allows no more
+
+
+def test_a_compiled_model_follows_activate_and_merge(llama, ids, stir, tmp_path):
+    model = torch.compile(llama, fullgraph=True, backend="aot_eager")
+    assert fp.attach(model, fp.LoRA(), "one") is model
+    fp.attach(model, fp.LoRA(targets=["q_proj"]), "two")
+    stir(llama)
+    with torch.no_grad():
+        for names in ("one", None, ["one", "two"]):
+            fp.activate(model, names)
+            torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=0, atol=1e-6)
+        before = model(ids).logits
+        fp.merge(model)
+        torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-5)
+        fp.unmerge(model)
+        fp.activate(model, "one")
+        fp.save_adapter(model, tmp_path, "one")
+        assert fp.load_adapter(model, tmp_path, "three") is model
+        one = model(ids).logits
+        for name in ("one", "two", "three"):
+            fp.detach(model, name)
+        torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=0, atol=1e-6)
+        assert not torch.allclose(one, llama(ids).logits, atol=1e-3)
