@@ -119,7 +119,10 @@ class FusedLinear(lora.Linear):
                 return False
             if dtype != weight.dtype and dtype != torch.float32:
                 return False
-            if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+            if type(dropout) is nn.Dropout:
+                if dropout.p >= 1.0:  # the op refuses what PEFT computes: no update at all
+                    return False
+            elif type(dropout) is not nn.Identity:
                 return False
             if not (_unhooked(a) and _unhooked(b) and _unhooked(dropout)):
                 return False

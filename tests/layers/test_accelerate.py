@@ -138,6 +138,11 @@ def test_dropout_in_training(llama, ids, stir, dora, monkeypatch):
         assert (one - two).abs().max() < 0.05 * moved
 
 
+def test_dropping_everything_is_left_to_peft(llama, ids, stir):
+    theirs, ours = make(lambda: llama, stir, lora_dropout=1.0)
+    assert_same(theirs.train(), ours.train(), ids)
+
+
 def test_bf16_autocast_and_training(build, ids, stir):
     theirs, ours = make(build, stir)
     with torch.autocast("cpu", torch.bfloat16):
