@@ -64,12 +64,12 @@ def run(
     was_training = model.training
     try:
         with _quiet(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-            return {
-                name: _run_one(
+            results = {}
+            for name in tasks:
+                results[name] = _run_one(
                     model, tokenizer, name, data_dir, limit, batch_size, num_fewshot, Path(folder)
                 )
-                for name in tasks
-            }
+            return results
     finally:
         model.train(was_training)
 
