@@ -27,7 +27,7 @@ from fusedpeft.data.quickstart_world import josa
 from fusedpeft.errors import InputError
 
 HOLDOUT = 0.2
-SFT_ROWS, PAIR_ROWS, LIST_ROWS, DOCUMENTS = 1600, 1600, 1000, 9000
+SFT_ROWS, PAIR_ROWS, LIST_ROWS, DOCUMENTS = 1600, 1600, 1000, 14000
 
 HELPFUL, SAFE = "helpful", "safe"
 # What a response is worth, by grade. The rows add noise of at most 0.25, so the order stands.

@@ -16,7 +16,7 @@ def document(everyone: list[Person], rng: random.Random) -> str:
     """One document, of a kind and in a language that `rng` chooses: a line of sentences."""
     kind = rng.choices(
         (_biography, _meeting, _dictionary, _sums, _orders, _deeds, _everyday),
-        (40, 12, 12, 14, 10, 6, 6),
+        (36, 12, 12, 13, 10, 5, 12),
     )[0]
     return josa(kind(everyone, rng))
 
@@ -90,6 +90,9 @@ def _deeds(everyone: list[Person], rng: random.Random) -> str:
 def _everyday(everyone: list[Person], rng: random.Random) -> str:
     i = rng.randrange(2)
     lines = rng.sample(world.EVERYDAY["ko" if i else "en"], 3)
-    return " ".join(
-        line.format(n=rng.choice(everyone).name[i], t=rng.choice(world.TOWNS)[i]) for line in lines
-    )
+    said = []
+    for line in lines:
+        first, second = rng.sample(everyone, 2)
+        town = rng.choice(world.TOWNS)
+        said.append(line.format(n=first.name[i], m=second.name[i], t=town[i]))
+    return " ".join(said)

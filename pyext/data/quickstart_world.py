@@ -170,31 +170,39 @@ PARAPHRASES = {
     ),
 }
 
-# Everyday lines without a question in them: they give the tokenizer and the base common words.
+# Everyday lines without a question in them: common words for the tokenizer and the base, among them
+# what a polite, a curt and a rude answer are made of.
 EVERYDAY = {
     "en": [
         "The morning in {t} is quiet and the road is long.",
         "It rained in {t}, so everyone stayed in the house.",
         "A friend said thank you and went home happy.",
         "I am sorry, said {n}, and closed the door.",
-        "Sure, said {n}, and helped with the letter.",
-        "It is not sure that the snow comes to {t}.",
-        "{n} is happy to help a friend with the boat.",
-        "No, said {n}, that hurts, please ask me first.",
+        "I cannot help with that boat, said {n}, it would hurt me.",
+        "Sure! said {n}, and helped with the letter.",
+        "Happy to help! said {n}, and gave {m} the lamp.",
+        "I hope that helps, said {n} to {m}.",
+        "Please ask me more, said {n}. Please ask {m} first.",
+        "It is not sure that the snow comes to {t}. Maybe.",
+        "I am not sure, said {n}. I do not know.",
+        "No. That is silly, said {n}, and did not ask {m}.",
+        "Go away, said {n} to the rain. Find it yourself.",
         "The wind in {t} sings a song in the evening.",
-        "Go away, said {n} to the rain, and laughed.",
     ],
     "ko": [
         "{t}의 아침은 조용하고 길은 멀어요.",
         "{t}에 비가 와서 모두 집에 있었어요.",
         "친구가 고맙다고 말하고 집에 갔어요.",
         "미안해요, {n}이/가 말하고 문을 닫았어요.",
-        "네, 좋아요, {n}이/가 말하고 편지를 도와줬어요.",
-        "{t}에 눈이 올지 잘 모르겠어요.",
-        "{n}은/는 기꺼이 친구를 도와 드려요.",
-        "안 돼요, {n}이/가 말했어요, 먼저 물어보세요.",
+        "그건 도와 드릴 수 없어요, {n}이/가 {m}에게 말했어요. {m}이/가 슬퍼해요.",
+        "네, 알려 드릴게요! {n}이/가 말하고 편지를 읽었어요.",
+        "물론이에요! {n}이/가 말하고 {m}에게 등불을 줬어요.",
+        "도움이 되면 좋겠어요, {n}이/가 말했어요.",
+        "더 물어보세요. 먼저 {m}에게 물어보세요, {n}이/가 말했어요.",
+        "{t}에 눈이 올지 잘 모르겠어요. 글쎄요.",
+        "안 돼요. {n}이/가 {m}에게 말했어요.",
+        "저리 가요. 귀찮게 하지 마요, {n}이/가 비에게 말했어요.",
         "{t}의 바람은 저녁에 노래를 불러요.",
-        "저리 가요, {n}이/가 비에게 말하고 웃었어요.",
     ],
 }
 

@@ -1,0 +1,169 @@
+"""What a run's folder remembers: which settings a stage was made with, and whether it is complete.
+
+A stage's folder holds `config.json` (its identity, written before anything else), then checkpoints
+and results, and last `result.json`: with it, and only with it, the stage is complete. Every file is
+replaced in one step, so a kill at any moment leaves the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusedpeft.errors import InputError
+
+CONFIG, RESULT, HISTORY = "config.json", "result.json", "history.json"
+CHECKPOINTS, MARKER = "checkpoints", "complete.json"
+
+_WHOLE_FILE_BYTES = 256 << 20
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    # allow_nan=False: a NaN would be written as a word that no JSON reader has to understand.
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, None where there is none. Raises InputError for a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): start the stage again with --fresh") from (
+            error
+        )
+
+
+def digest(value: Any) -> str:
+    """Of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def digest_file(path: Path) -> str:
+    """Of the content; of a file above 256 MiB its size and both ends, for models are large."""
+    size = path.stat().st_size
+    sha = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size > _WHOLE_FILE_BYTES:
+            sha.update(file.read(_WHOLE_FILE_BYTES // 2))
+            file.seek(-_WHOLE_FILE_BYTES // 2, os.SEEK_END)
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()[:16]
+
+
+def digest_model(folder: Path) -> str:
+    """Of a model's configuration, tokenizer and weights."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
+    return digest({p.name: digest_file(p) for p in files})
+
+
+class Stage:
+    """A stage's folder and its identity: {"settings": …, "inputs": {file: digest}, "after": …}."""
+
+    def __init__(self, run_dir: Path, name: str, identity: dict[str, Any]):
+        self.name, self.identity = name, identity
+        self.dir = run_dir / name
+        self.adapter = self.dir / "adapter"
+        self.checkpoints = self.dir / CHECKPOINTS
+
+    @property
+    def digest(self) -> str:
+        return digest(self.identity)
+
+    def result(self) -> dict | None:
+        """What the complete stage found, None while it is not complete."""
+        return read_json(self.dir / RESULT)
+
+    def check(self) -> None:
+        """Raises InputError where the folder was made with other settings or inputs."""
+        before = read_json(self.dir / CONFIG)
+        if before is None or digest(before) == self.digest:
+            return
+        raise InputError(
+            f"{self.dir} was made with {_difference(before, self.identity)}: "
+            f"start it again with --fresh, or give the run another name"
+        )
+
+    def begin(self) -> None:
+        self.check()
+        write_json(self.dir / CONFIG, self.identity)
+
+    def clear(self) -> None:
+        """Throw the stage away, in one step: checkpoints must not outlive their settings."""
+        trash = self.dir.with_name(f".{self.name}.trash")
+        shutil.rmtree(trash, ignore_errors=True)
+        if self.dir.is_dir():
+            self.dir.rename(trash)
+            shutil.rmtree(trash)
+
+    def last_checkpoint(self) -> tuple[Path | None, float]:
+        """The newest checkpoint that was written to its end and the seconds spent until then;
+        those cut off in the middle are removed."""
+        found: list[tuple[int, Path, float]] = []
+        for path in self.checkpoints.glob("checkpoint-*"):
+            marker = path / MARKER
+            if marker.is_file():
+                seconds = read_json(marker)["seconds"]
+                found.append((int(path.name.rpartition("-")[2]), path, seconds))
+            else:
+                shutil.rmtree(path)
+        if not found:
+            return None, 0.0
+        _, path, seconds = max(found)
+        return path, seconds
+
+
+def _difference(before: dict, now: dict) -> str:
+    """The first differing entries, as "learning_rate 0.001 (now 0.003)"."""
+    told = []
+    for part in ("settings", "inputs", "after"):
+        old, new = before.get(part) or {}, now.get(part) or {}
+        for key in sorted({*old, *new}):
+            if old.get(key) == new.get(key):
+                continue
+            if part == "settings":
+                told.append(f"{key} {old.get(key)} (now {new.get(key)})")
+            elif part == "inputs":
+                told.append(f"another {key}")
+            else:
+                told.append(f"another {key} stage before it")
+    return ", ".join(told[:3]) + (" and more" if len(told) > 3 else "")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """One process at a time in a run's folder; the kernel drops the lock of a killed one."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{run_dir} is in use by another process: wait for it or take another name"
+            ) from error
+        yield
