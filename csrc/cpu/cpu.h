@@ -1,0 +1,31 @@
+// The CPU half of fusedpeft._C: plain pointers and sizes, no Python, no torch.
+//
+// Matrices are row-major with unit inner stride; s* is the distance between rows, in elements.
+// Threads are those of OpenMP's pool (omp_get_max_threads: what torch.set_num_threads sets).
+#pragma once
+
+#include <cstdint>
+
+namespace fusedpeft::cpu {
+
+// Codes as in pyext/ops/native.py.
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// y[m,n] = x[m,k] w[n,k]^T + bias[n] + scale * (x a[r,k]^T) b[n,r]^T, accumulated in fp32.
+// x, w, bias (null: none) and y are of `dtype`; a and b of `adapter_dtype`, which is `dtype` or
+// fp32. Any m, k, n >= 0 and r >= 1, made for m <= 16. Throws std::invalid_argument for other codes,
+// or sizes, or FUSEDPEFT_CPU (below).
+void lora_decode(const void* x, const void* w, const void* a, const void* b, const void* bias,
+                 void* y, int64_t m, int64_t k, int64_t n, int64_t r, int64_t sx, int64_t sw,
+                 int64_t sa, int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype);
+
+// out[rows,cols] = x * keep(row, col) / (1 - p); the mask is specified in pyext/ops/dropout.py.
+void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
+             int64_t seed, int dtype);
+
+// What runs here: "avx512_bf16", "avx512", "avx2" or "portable", the best of the chip. The
+// environment variable FUSEDPEFT_CPU, read once, forces one; std::invalid_argument where the chip
+// lacks it.
+const char* cpu_capability();
+
+}  // namespace fusedpeft::cpu
