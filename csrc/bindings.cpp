@@ -1,0 +1,81 @@
+// fusedpeft._C: addresses, sizes, strides and streams cross as integers, so that one build serves
+// every torch. The callers (pyext/ops) own the tensors and check dtypes, devices and shapes; here
+// only what would crash is refused.
+#include <pybind11/pybind11.h>
+
+#include "build_info.h"  // written by setup.py
+#include "checks.h"
+#include "cpu/cpu.h"
+#if FUSEDPEFT_CUDA
+#include "cuda/launchers.h"
+#endif
+
+namespace py = pybind11;
+using std::int64_t;
+using Address = std::uintptr_t;  // Tensor.data_ptr(), or 0 for none
+
+namespace fusedpeft {
+namespace {
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+void lora_decode(Address x, Address w, Address a, Address b, Address bias, Address y, int64_t m,
+                 int64_t k, int64_t n, int64_t r, int64_t sx, int64_t sw, int64_t sa, int64_t sb,
+                 int64_t sy, double scale, int dtype, int adapter_dtype) {
+  check_matrix("x", x, m, k, sx);
+  check_matrix("w", w, n, k, sw);
+  check_matrix("a", a, r, k, sa);
+  check_matrix("b", b, n, r, sb);
+  check_matrix("y", y, m, n, sy);
+  py::gil_scoped_release release;
+  cpu::lora_decode(pointer(x), pointer(w), pointer(a), pointer(b), pointer(bias), pointer(y), m, k,
+                   n, r, sx, sw, sa, sb, sy, scale, dtype, adapter_dtype);
+}
+
+void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
+             int64_t seed, int dtype) {
+  check_matrix("x", x, rows, cols, sx);
+  check_matrix("out", out, rows, cols, so);
+  check(p >= 0.0 && p < 1.0, "p: expected 0 <= p < 1, got ", p);
+  py::gil_scoped_release release;
+  cpu::dropout(pointer(x), pointer(out), rows, cols, sx, so, p, seed, dtype);
+}
+
+#if FUSEDPEFT_CUDA
+void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int64_t r, int64_t sx,
+                      int64_t sa, int64_t ss, int dtype, int adapter_dtype, Address stream) {
+  check_matrix("x", x, m, k, sx);
+  check_matrix("a", a, r, k, sa);
+  check_matrix("s", s, m, r, ss);
+  py::gil_scoped_release release;
+  cuda::lora_shrink(pointer(x), pointer(a), pointer(s), m, k, r, sx, sa, ss, dtype, adapter_dtype,
+                    pointer(stream));
+}
+#endif
+
+py::dict build_info() {
+  const auto text = [](const char* value) -> py::object {
+    return value == nullptr ? py::object(py::none()) : py::object(py::str(value));
+  };
+  py::dict info;
+  info["cuda"] = bool(FUSEDPEFT_CUDA);
+  info["cuda_archs"] = text(FUSEDPEFT_CUDA_ARCHS);
+  info["nvcc"] = text(FUSEDPEFT_NVCC);
+  info["compiler"] = text(FUSEDPEFT_COMPILER);
+  return info;
+}
+
+}  // namespace
+}  // namespace fusedpeft
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fusedpeft;
+  m.doc() = "Kernels in C++ and CUDA; import torch first, its OpenMP pool is used.";
+  m.def("build_info", &build_info, "What setup.py built: cuda, cuda_archs, nvcc, compiler.");
+  m.def("cpu_capability", &cpu::cpu_capability, "The instruction set that the CPU kernels use.");
+  m.def("lora_decode", &lora_decode, "y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ on a CPU, for few rows.");
+  m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
+#if FUSEDPEFT_CUDA
+  m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
+#endif
+}
