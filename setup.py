@@ -184,17 +184,13 @@ class NinjaBuild(build_ext):
         self.copy_file(str(linked), str(out))
 
 
-sources = sorted(str(p) for p in Path("csrc").glob("c*/*.c*") if p.suffix in (".cpp", ".cu"))
-sub = find_packages("pyext")
+places = {"fusedpeft": "pyext", "fusedpeft.kernels": "kernels", "fusedpeft.bench": "bench"}
+sources = ["csrc/bindings.cpp"]
+sources += sorted(str(p) for half in ("cpu/*.cpp", "cuda/*.cu") for p in Path("csrc").glob(half))
 setup(
-    packages=[
-        "fusedpeft",
-        *[f"fusedpeft.{p}" for p in sub],
-        "fusedpeft.kernels",
-        "fusedpeft.bench",
-    ],
-    package_dir={"fusedpeft": "pyext", "fusedpeft.kernels": "kernels", "fusedpeft.bench": "bench"},
+    packages=[*places, *(f"fusedpeft.{p}" for p in find_packages("pyext"))],
+    package_dir=places,
     include_package_data=True,
-    ext_modules=[Extension("fusedpeft._C", ["csrc/bindings.cpp", *sources])],
+    ext_modules=[Extension("fusedpeft._C", sources)],
     cmdclass={"build_ext": NinjaBuild},
 )

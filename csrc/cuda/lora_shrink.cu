@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads)
         for (int j = 0; j < RT; ++j)
           sums[i * RT + j] += to_float(xs[i].v[e]) * to_float(as[j].v[e]);
   }
+#pragma unroll 1
   for (int at = whole + threadIdx.x; at < k; at += kThreads)  // the rest, or all where unaligned
 #pragma unroll
     for (int i = 0; i < MT; ++i)
