@@ -71,16 +71,20 @@ class Training(Section):
 
 
 class Reward(Training):
-    """The reward model: pairs, each with an aspect that names the head it trains."""
+    """The reward model: pairs, each with an aspect ("helpful", "safe") that names the head it
+    trains. aspect: of rows that name none (by default such a row trains both heads alike)."""
+
+    aspect: Literal["helpful", "safe"] | None = None
 
 
 class Pro(Training):
     """PRO: lists with stored `rewards`; without them the reward stage's model scores them.
 
-    answers: how many held-out prompts are answered greedily, before and after, for the mean reward;
-    max_new_tokens: of each answer.
+    aspect: of rows that name none, for the reward of answers. answers: how many held-out prompts
+    are answered greedily, before and after, for the mean reward; max_new_tokens: of each answer.
     """
 
+    aspect: Literal["helpful", "safe"] | None = None
     sft_weight: float = Field(0.05, ge=0)
     answers: int = Field(32, ge=1)
     max_new_tokens: int = Field(64, ge=1)

@@ -1,0 +1,5 @@
+"""`python -m fusedpeft`."""
+
+from fusedpeft.cli import main
+
+main()

@@ -1,0 +1,148 @@
+"""The command line. Everything heavy is imported inside the commands: `--help` must be quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusedpeft.bench.cli import app as bench
+from fusedpeft.errors import InputError
+
+HELP = "Parameter-efficient fine-tuning at the cost of the frozen model."
+
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(bench, name="bench")
+
+ConfigFile = Annotated[Path, typer.Argument(help="The run's YAML file.", metavar="CONFIG.yaml")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: sft.max_steps=10."),
+]
+Shorten = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="At most N steps a stage, few rows measured; into NAME-short."),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Throw away what these stages have and start again.")
+]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="Only this stage (repeatable).", metavar="STAGE")
+    ] = None,
+    set: Set = None,
+    shorten: Shorten = None,
+    fresh: Fresh = False,
+) -> None:
+    """The whole workflow. Skips what is complete, resumes what is not."""
+    _run(config, stage, set, shorten, fresh)
+
+
+@app.command()
+def sft(config: ConfigFile, set: Set = None, shorten: Shorten = None, fresh: Fresh = False) -> None:
+    """Supervised fine-tuning of a LoRA adapter."""
+    _run(config, ["sft"], set, shorten, fresh)
+
+
+@app.command()
+def reward(
+    config: ConfigFile, set: Set = None, shorten: Shorten = None, fresh: Fresh = False
+) -> None:
+    """Reward model with a helpfulness and a safety head, from the SFT adapter."""
+    _run(config, ["reward"], set, shorten, fresh)
+
+
+@app.command()
+def pro(config: ConfigFile, set: Set = None, shorten: Shorten = None, fresh: Fresh = False) -> None:
+    """Preference ranking optimisation, from the SFT adapter."""
+    _run(config, ["pro"], set, shorten, fresh)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with the tasks' files.")
+    ] = None,
+    set: Set = None,
+    shorten: Shorten = None,
+    fresh: Fresh = False,
+) -> None:
+    """Benchmark tasks and held-out loss of the base, after SFT and after PRO."""
+    overrides = [*(set or ()), *([f"evaluate.data={data.resolve()}"] if data else ())]
+    _run(config, ["evaluate"], overrides, shorten, fresh)
+
+
+@app.command()
+def report(
+    config: ConfigFile, set: Set = None, shorten: Shorten = None, fresh: Fresh = False
+) -> None:
+    """Sample answers side by side, results.json and report.html of what is complete."""
+    _run(config, ["report"], set, shorten, fresh)
+
+
+def _run(
+    config: Path,
+    stages: list[str] | None,
+    overrides: list[str] | None,
+    shorten: int | None,
+    fresh: bool,
+) -> None:
+    from fusedpeft.workflow.config import load_config
+
+    resolved = load_config(config, overrides or (), shorten)
+    from fusedpeft.workflow.run import run as run_workflow
+
+    run_workflow(resolved, stages, fresh=fresh)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA adapter for it, PEFT's format.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without a chat turn.")
+    ] = False,
+) -> None:
+    """Answer one prompt greedily."""
+    from fusedpeft.workflow.generate import generate_one
+
+    typer.echo(generate_one(model, prompt, adapter, max_new_tokens, raw))
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """What is installed, what was built, and which implementation each op takes here and why."""
+    from fusedpeft.doctor import doctor as show
+
+    show(json=json)
+
+
+def main() -> None:
+    """Bad input: one line on stderr and exit code 2, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except InputError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(2) from None
