@@ -1,6 +1,7 @@
 """The quickstart's data: a small world told in English and Korean, made here from a seed.
 
-    fusedpeft run examples/quickstart.yaml       # uses the copy under examples/quickstart/data
+    fusedpeft run examples/quickstart.yaml        # uses the copy under examples/quickstart
+    fusedpeft pretrain --quickstart DIR           # makes that copy: the data, and a base from them
 
 `write_quickstart(dir, seed)` writes, the same bytes for the same seed,
 
@@ -17,6 +18,7 @@ facts of everyone: what is learned later is to answer, and to answer well, not t
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -326,7 +328,9 @@ def write_quickstart(folder: Path, seed: int = 0) -> dict[str, int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, found in lines.items():
-            (folder / name).write_bytes(("\n".join(found) + "\n").encode())
+            temporary = folder / f".{name}.tmp"
+            temporary.write_bytes(("\n".join(found) + "\n").encode())
+            os.replace(temporary, folder / name)
     except OSError as error:
         raise InputError(f"{folder}: cannot write the quickstart's data ({error})") from error
     return {name: len(found) for name, found in lines.items()}

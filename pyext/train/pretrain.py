@@ -1,14 +1,17 @@
 """Pretrain a tiny Llama from nothing: a byte-level tokenizer, then next-token prediction.
 
     fusedpeft pretrain OUT --text FILE...
+    fusedpeft pretrain --quickstart DIR     # the quickstart's data and base, from their seed
 
 Documents are lines of text. They are joined with the end token between them and read in blocks of
 fixed length from random places; the place of every block follows from the seed and the step alone,
-so that an interrupted run continues as if nothing had happened.
+so that an interrupted run continues as if nothing had happened. All is made in OUT.partial, which
+takes OUT's name when it is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,27 +25,16 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from fusedpeft.data.quickstart import write_quickstart
 from fusedpeft.errors import InputError
-
-PAD, END, SYSTEM, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
-SPECIAL = [PAD, END, SYSTEM, USER, ASSISTANT]
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('expected the role system, user or assistant, got ' + message['role']) }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+from fusedpeft.train.tokenizer import train_tokenizer
 
 _HELD_OUT = 50  # one document in so many is measured, never trained on
-_STATE = "pretrain_state.pt"
+_STATE, _RESULT = "pretrain_state.pt", "pretrain.json"
+_QUIET_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -56,48 +48,6 @@ class Shape:
     kv_heads: int = 2
     intermediate_size: int = 384
     max_positions: int = 512
-
-
-def train_tokenizer(
-    documents: list[str], vocab_size: int, max_positions: int
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every text has tokens, decoding gives it back. Pad and end are two tokens.
-
-    Spaces and Hangul syllables stand alone. So a name is the same tokens at the start of an answer
-    as in the middle of a question, and with any Korean particle after it: a model of this size
-    copies tokens well, but does not learn that two tokens are spellings of one name.
-    """
-    if vocab_size < 256 + len(SPECIAL):
-        raise InputError(
-            f"vocab_size: expected at least {256 + len(SPECIAL)} (all bytes and the special "
-            f"tokens), got {vocab_size}"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex("[ 가-힣]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
-        model_max_length=max_positions,
-        clean_up_tokenization_spaces=False,
-        padding_side="right",
-    )
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
 
 
 def pretrain(
@@ -118,14 +68,17 @@ def pretrain(
     token, seconds, tokens/s. Returns that file's content.
 
     AdamW (0.9, 0.95), linear warm-up over a twentieth of the steps, then a cosine to a tenth.
-    A run that was interrupted continues from its last `save_steps`; a complete `out` with the same
-    settings is left as it is. Raises InputError for unusable text or settings, or an `out` that
-    holds something else.
+    A run that was interrupted continues from its last `save_steps`; a complete `out` of the same
+    text and settings is left as it is. Raises InputError for unusable text or settings, for an
+    `out` that holds something else, and where the loss is no longer finite.
     """
     shape = shape or Shape()
     text = [text] if isinstance(text, (str, Path)) else list(text)
+    out, console = Path(out), console or Console(stderr=True)
+    documents = _documents(text)
     settings = {
         "text": [Path(p).name for p in text],
+        "text_sha256": hashlib.sha256("\n".join(documents).encode()).hexdigest()[:16],
         "shape": asdict(shape),
         "steps": steps,
         "batch_size": batch_size,
@@ -133,13 +86,10 @@ def pretrain(
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    documents = _documents(text)
-    _check(settings, shape)
-    out = Path(out)
+    _check(settings, shape, save_steps)
     done = _complete(out, settings)
     if done is not None:
         return done
-    console = console or Console(stderr=True)
 
     held = documents[::_HELD_OUT]
     documents = [d for i, d in enumerate(documents) if i % _HELD_OUT]
@@ -156,8 +106,8 @@ def pretrain(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01
     )
-    out.mkdir(parents=True, exist_ok=True)
-    state = _load_state(out / _STATE, settings)
+    partial = _make_partial(out)
+    state = _load_state(partial / _STATE, settings)
     if state is None:
         before = evaluate_loss(model, held_stream, block_tokens)
         history, first, spent = [], 0, 0.0
@@ -180,10 +130,10 @@ def pretrain(
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % every == 0 or step + 1 == steps:
-            history.append({"step": step + 1, "loss": round(loss.item(), 5)})
+            history.append({"step": step + 1, "loss": round(_finite(loss.item(), step), 5)})
         if (step + 1) % save_steps == 0 and step + 1 < steps:
             _save_state(
-                out / _STATE,
+                partial / _STATE,
                 {
                     "settings": settings,
                     "model": model.state_dict(),
@@ -195,7 +145,6 @@ def pretrain(
                 },
             )
     seconds = time.monotonic() - started
-    tokens = steps * batch_size * block_tokens
     result = {
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -203,19 +152,32 @@ def pretrain(
         "held_out_documents": len(held),
         "train_tokens": len(stream),
         "eval_loss_before": before,
-        "eval_loss_after": evaluate_loss(model, held_stream, block_tokens),
+        "eval_loss_after": _finite(evaluate_loss(model, held_stream, block_tokens), steps - 1),
         "seconds": round(seconds, 1),
-        "tokens_per_s": round(tokens / seconds),
+        "tokens_per_s": round(steps * batch_size * block_tokens / seconds),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "history": history,
     }
     model.eval()
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    # Last: with this file, and only with it, the folder is complete.
-    (out / "pretrain.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / _RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, out)  # `out` is there complete or not at all
     (out / _STATE).unlink(missing_ok=True)
     return result
+
+
+def remake_quickstart(
+    folder: Path, *, seed: int = 0, console: Console | None = None
+) -> dict[str, Any]:
+    """Write the quickstart's files to `folder`/data and pretrain its base on them in `folder`/base:
+    what examples/quickstart holds. Returns `pretrain`'s result; raises what it raises.
+
+    The data are the same bytes anywhere; the base is the same bits on the same machine with the
+    same number of threads.
+    """
+    write_quickstart(folder / "data", seed)
+    return pretrain(folder / "data" / "pretrain.txt", folder / "base", seed=seed, console=console)
 
 
 def _documents(text: list[Path]) -> list[str]:
@@ -234,10 +196,12 @@ def _documents(text: list[Path]) -> list[str]:
     return documents
 
 
-def _check(settings: dict[str, Any], shape: Shape) -> None:
-    for name in ("steps", "batch_size", "block_tokens", "learning_rate"):
-        if not settings[name] > 0:
-            raise InputError(f"{name}: expected a positive number, got {settings[name]}")
+def _check(settings: dict[str, Any], shape: Shape, save_steps: int) -> None:
+    names = ("steps", "batch_size", "block_tokens", "learning_rate")
+    numbers = {name: settings[name] for name in names} | asdict(shape) | {"save_steps": save_steps}
+    for name, value in numbers.items():
+        if not value > 0:
+            raise InputError(f"{name}: expected a positive number, got {value}")
     if shape.hidden_size % shape.heads or shape.heads % shape.kv_heads:
         raise InputError(
             f"heads: expected hidden_size ({shape.hidden_size}) to divide by heads "
@@ -251,15 +215,38 @@ def _check(settings: dict[str, Any], shape: Shape) -> None:
 
 
 def _complete(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    path = out / "pretrain.json"
-    if not path.is_file():
-        if (out / "config.json").is_file():
-            raise InputError(f"{out} already holds a model that is not ours: name another folder")
+    """The result of a complete run in `out`, None where there is nothing yet."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    done = json.loads(path.read_text(encoding="utf-8"))
-    if done["settings"] != settings:
-        raise InputError(f"{out} holds a model made with other settings: name another folder")
+    if not (out / _RESULT).is_file():
+        raise InputError(f"{out} already holds something that is not ours: name another folder")
+    try:
+        done = json.loads((out / _RESULT).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{out / _RESULT} is damaged ({error}): name another folder") from error
+    if done.get("settings") != settings:
+        raise InputError(
+            f"{out} holds a model of other text or settings: remove it or name another folder"
+        )
+    (out / _STATE).unlink(missing_ok=True)
     return done
+
+
+def _make_partial(out: Path) -> Path:
+    partial = out.with_name(f"{out.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot make this folder ({error})") from error
+    return partial
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} at step {step + 1}: expected a finite number; lower learning_rate"
+        )
+    return loss
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
@@ -317,6 +304,7 @@ def _schedule(step: int, steps: int) -> float:
 def _progress(
     console: Console, first: int, steps: int, history: list[dict[str, float]]
 ) -> Iterator[int]:
+    """first … steps − 1, shown as a bar on a terminal and as a line now and then elsewhere."""
     columns = (
         TextColumn("pretrain"),
         BarColumn(),
@@ -324,12 +312,16 @@ def _progress(
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    told = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("pretrain", total=steps, completed=first, loss="")
         for step in range(first, steps):
             yield step
             loss = f"loss {history[-1]['loss']:.3f}" if history else ""
             bar.update(task, completed=step + 1, loss=loss)
+            if not console.is_terminal and time.monotonic() - told > _QUIET_SECONDS:
+                told = time.monotonic()
+                console.print(f"pretrain: step {step + 1} of {steps} {loss}")
 
 
 def _save_state(path: Path, state: dict[str, Any]) -> None:
@@ -344,6 +336,7 @@ def _load_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     state = torch.load(path, weights_only=True)
     if state["settings"] != settings:
         raise InputError(
-            f"{path} belongs to a run with other settings: remove it or name another folder"
+            f"{path.parent} belongs to a run of other text or settings: remove it or name "
+            f"another folder"
         )
     return state
