@@ -1,0 +1,37 @@
+// The kernels for AVX2, FMA and F16C: 8 floats, 16 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include "isa.h"
+
+#pragma GCC target("avx2,fma,f16c")
+
+namespace fusedpeft::cpu {
+namespace {
+
+constexpr int kWidth = 8, kRegisters = 16;
+constexpr bool kHalvesInOrder = true;
+typedef __m256 F;
+
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+
+template <int part>
+inline F half(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + part));
+}
+
+}  // namespace
+}  // namespace fusedpeft::cpu
+
+#include "decode.h"
+#include "dropout.h"
+
+namespace fusedpeft::cpu::avx2 {
+
+void decode(const Decode& d) { decode_any(d); }
+void dropout(const Dropout& d) { dropout_any(d); }
+
+}  // namespace fusedpeft::cpu::avx2
+
+#endif

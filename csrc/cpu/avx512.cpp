@@ -1,0 +1,37 @@
+// The kernels for AVX-512 (F, BW, DQ, VL): 16 floats, 32 registers.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#include <omp.h>
+
+#include "isa.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace fusedpeft::cpu {
+namespace {
+
+constexpr int kWidth = 16, kRegisters = 32;
+constexpr bool kHalvesInOrder = true;
+typedef __m512 F;
+
+inline F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+
+template <int part>
+inline F half(const Float16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + part));
+}
+
+}  // namespace
+}  // namespace fusedpeft::cpu
+
+#include "decode.h"
+#include "dropout.h"
+
+namespace fusedpeft::cpu::avx512 {
+
+void decode(const Decode& d) { decode_any(d); }
+void dropout(const Dropout& d) { dropout_any(d); }
+
+}  // namespace fusedpeft::cpu::avx512
+
+#endif

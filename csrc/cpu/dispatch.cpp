@@ -1,0 +1,117 @@
+// Which instruction set runs, and the calls of cpu.h that go by it.
+#include "isa.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace fusedpeft::cpu {
+namespace {
+
+struct Level {
+  const char* name;
+  bool here;
+  void (*decode)(const Decode&);
+  void (*dropout)(const Dropout&);
+};
+
+#if defined(__x86_64__)
+void in_bf16(const Decode& d) {
+  return d.dtype == kBFloat16 ? avx512_bf16::decode(d) : avx512::decode(d);
+}
+#endif
+
+// Best first.
+const Level* levels(int* count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                           __builtin_cpu_supports("f16c");
+  static const bool avx512 =
+      avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const Level all[] = {{"avx512_bf16", bf16, in_bf16, avx512::dropout},
+                              {"avx512", avx512, avx512::decode, avx512::dropout},
+                              {"avx2", avx2, avx2::decode, avx2::dropout},
+                              {"portable", true, portable::decode, portable::dropout}};
+#else
+  static const Level all[] = {{"portable", true, portable::decode, portable::dropout}};
+#endif
+  *count = sizeof all / sizeof *all;
+  return all;
+}
+
+const Level& choose() {
+  int count;
+  const Level* all = levels(&count);
+  const char* forced = std::getenv("FUSEDPEFT_CPU");
+  std::string here;
+  for (int i = 0; i < count; ++i) {
+    if (!all[i].here) continue;
+    if (!forced || !*forced || std::string(forced) == all[i].name) return all[i];
+    here += std::string(here.empty() ? "" : ", ") + all[i].name;
+  }
+  throw std::invalid_argument("FUSEDPEFT_CPU: expected one of " + here + " (what this chip has), got " +
+                              forced);
+}
+
+const Level& level() {
+  static const Level& chosen = choose();  // one that throws is tried again by the next call
+  return chosen;
+}
+
+void check(bool ok, const char* what, int64_t got) {
+  if (!ok) throw std::invalid_argument(std::string(what) + ", got " + std::to_string(got));
+}
+
+}  // namespace
+
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    size = 0;
+    memory.reset();
+    memory.reset(::operator new(static_cast<size_t>(bytes), std::align_val_t{64}));
+    size = bytes;
+  }
+  return memory.get();
+}
+
+const char* cpu_capability() { return level().name; }
+
+void lora_decode(const void* x, const void* w, const void* a, const void* b, const void* bias,
+                 void* y, int64_t m, int64_t k, int64_t n, int64_t r, int64_t sx, int64_t sw,
+                 int64_t sa, int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype) {
+  check(dtype >= kFloat32 && dtype <= kFloat16, "dtype: expected 0, 1 or 2", dtype);
+  check(adapter_dtype == dtype || adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", adapter_dtype);
+  check(m >= 0, "m: expected >= 0", m);
+  check(k >= 0, "k: expected >= 0", k);
+  check(n >= 0, "n: expected >= 0", n);
+  check(r >= 1, "r: expected >= 1", r);
+  const int64_t bytes = dtype == kFloat32 ? 4 : 2, most = 16;
+  for (int64_t i = 0; i < m && n > 0; i += most) {
+    level().decode({static_cast<const char*>(x) + i * sx * bytes, w, a, b, bias,
+                    static_cast<char*>(y) + i * sy * bytes, m - i < most ? m - i : most, k, n, r, sx,
+                    sw, sa, sb, sy, static_cast<float>(scale), dtype, adapter_dtype});
+  }
+}
+
+void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
+             int64_t seed, int dtype) {
+  check(dtype >= kFloat32 && dtype <= kFloat16, "dtype: expected 0, 1 or 2", dtype);
+  check(rows >= 0, "rows: expected >= 0", rows);
+  check(cols >= 0, "cols: expected >= 0", cols);
+  if (!(p >= 0.0 && p < 1.0))
+    throw std::invalid_argument("p: expected 0 <= p < 1, got " + std::to_string(p));
+  level().dropout({x, out, rows, cols, sx, so, p, static_cast<uint64_t>(seed), dtype});
+}
+
+}  // namespace fusedpeft::cpu

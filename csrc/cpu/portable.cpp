@@ -1,0 +1,39 @@
+// The kernels for any chip: vectors of 4 floats that the compiler maps to what there is.
+#include <omp.h>
+
+#include "isa.h"
+
+namespace fusedpeft::cpu {
+namespace {
+
+constexpr int kWidth = 4, kRegisters = 16;
+constexpr bool kHalvesInOrder = false;
+typedef float F __attribute__((vector_size(16)));
+
+inline F fma(F a, F b, F c) { return a * b + c; }
+
+// The even elements, then the odd ones; as to_float(Float16), four at a time.
+template <int part>
+inline F half(const Float16* p) {
+  typedef uint32_t U4 __attribute__((vector_size(16)));
+  U4 pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  const U4 bits = part == 0 ? pairs << 16 : pairs, rest = (bits >> 3) & 0x0fffe000u;
+  const U4 finite = reinterpret_cast<U4>(reinterpret_cast<F>(rest) * 0x1p112f);
+  const U4 special = reinterpret_cast<U4>(rest >= 0x0f800000u);
+  return reinterpret_cast<F>((bits & 0x80000000u) | (special & (rest | 0x7f800000u)) |
+                             (~special & finite));
+}
+
+}  // namespace
+}  // namespace fusedpeft::cpu
+
+#include "decode.h"
+#include "dropout.h"
+
+namespace fusedpeft::cpu::portable {
+
+void decode(const Decode& d) { decode_any(d); }
+void dropout(const Dropout& d) { dropout_any(d); }
+
+}  // namespace fusedpeft::cpu::portable
