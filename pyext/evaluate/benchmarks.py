@@ -67,17 +67,28 @@ def _mmlu_file(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_lines(path), 1):
         try:
             row = json.loads(line)
-            whole = len(row["choices"]) == 4 and row["answer"] in range(4)
-            whole = whole and isinstance(row["question"], str) and isinstance(row["subject"], str)
-        except (ValueError, KeyError, TypeError):
-            whole = False
-        if not whole:
+        except ValueError:
+            row = None
+        if not _is_mmlu(row):
             raise InputError(
                 f"{path} line {number}: expected question, subject, four choices and an answer "
                 f"from 0 to 3, got {line[:60]!r}"
             )
         rows.append({key: row[key] for key in ("question", "subject", "choices", "answer")})
     return rows
+
+
+def _is_mmlu(row: Any) -> bool:
+    if not isinstance(row, dict):
+        return False
+    choices, answer = row.get("choices"), row.get("answer")
+    texts = [row.get("question"), row.get("subject"), *(choices if type(choices) is list else ())]
+    # type() and not isinstance(): true is no answer, and neither is 1.0.
+    return (
+        len(texts) == 6
+        and all(type(t) is str for t in texts)
+        and (type(answer) is int and 0 <= answer <= 3)
+    )
 
 
 def hellaswag_rows(folder: Path, limit: int | None) -> list[dict[str, Any]]:
@@ -95,6 +106,12 @@ def hellaswag_rows(folder: Path, limit: int | None) -> list[dict[str, Any]]:
                 f"{path} line {first + 2}: expected the right ending's number from 0 to 3, "
                 f"got {label[:60]!r}"
             )
+        # The harness cannot score an empty text; it would not say which.
+        for offset, text in ((0, query), *enumerate(choices, 2)):
+            if not text.strip():
+                raise InputError(
+                    f"{path} line {first + offset + 1}: expected text, got an empty line"
+                )
         choices = [choice.strip() for choice in choices]
         rows.append({"query": query.strip(), "choices": choices, "label": int(label)})
     return evenly(rows, limit)

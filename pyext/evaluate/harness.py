@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import functools
 import logging
+import random
 import sys
-import tempfile
+import unittest.mock
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import yaml
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 LOCAL = ("mmlu", "hellaswag")
 HUB = "hub:"
+_FEWSHOT_SEED = 1234  # the harness's own, so that its tasks draw the shots they always draw
 TASKS = Path(__file__).parent / "tasks"
 
 
@@ -51,8 +54,9 @@ def run(
     limit: questions of each task, at even distances (of a hub task: the first ones).
     num_fewshot: MMLU's shots, 5 by default; for a hub task its own by default.
     truncated: prompts longer than the model takes, which the harness cuts from the left (shots
-    first); a warning tells how many. The model is left in the mode it came in; adapters in it stay
-    active. Raises InputError for unknown tasks, missing files and where lm-eval is not installed.
+    first); a warning tells how many. The model is left in the mode it came in and the random state
+    where it was; adapters stay active. Raises InputError for unknown tasks, missing or damaged
+    files and where lm-eval is not installed.
     """
     _check(tasks, data_dir, limit, batch_size, num_fewshot)
     try:
@@ -61,17 +65,13 @@ def run(
         raise InputError(
             "evaluation needs lm-eval: expected it installed, pip install 'fusedpeft[evaluate]'"
         ) from error
-    was_training = model.training
-    try:
-        with _quiet(), torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
-            results = {}
-            for name in tasks:
-                results[name] = _run_one(
-                    model, tokenizer, name, data_dir, limit, batch_size, num_fewshot, Path(folder)
-                )
-            return results
-    finally:
-        model.train(was_training)
+    with _untouched(model), _quiet(), torch.no_grad():
+        results = {}
+        for name in tasks:
+            results[name] = _run_one(
+                model, tokenizer, name, data_dir, limit, batch_size, num_fewshot
+            )
+        return results
 
 
 def _check(
@@ -105,36 +105,28 @@ def _run_one(
     limit: int | None,
     batch_size: int,
     num_fewshot: int | None,
-    folder: Path,
 ) -> dict[str, float]:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.tasks import TaskManager
 
     if name in LOCAL:
-        task: str | dict[str, Any] = local_task(
-            name, Path(data_dir or "."), limit, num_fewshot, folder
-        )
+        task: str | dict[str, Any] = local_task(name, Path(data_dir or "."), limit, num_fewshot)
         manager = TaskManager(include_path=str(TASKS), include_defaults=False)
         limit, num_fewshot = None, None
     else:
         task, manager = name.removeprefix(HUB), TaskManager()
         if task not in manager.all_tasks:
             raise InputError(f"tasks: the harness has no task {task!r}")
+    loaded = manager.load([task])
+    for inner in loaded["tasks"].values():
+        own = inner.get_config("num_fewshot")
+        # As the harness does it: a task that fixes 0 keeps 0.
+        shots = (own or 0) if num_fewshot is None or own == 0 else num_fewshot
+        inner.set_config(key="num_fewshot", value=shots)
+        inner.set_fewshot_seed(seed=_FEWSHOT_SEED)
     lm = _counting_lm(model, tokenizer, batch_size)
-    found = simple_evaluate(
-        model=lm,
-        tasks=[task],
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        bootstrap_iters=0,
-        log_samples=False,
-        # Evaluating must not move the random state of a training run around it.
-        random_seed=None,
-        numpy_random_seed=None,
-        torch_random_seed=None,
-    )
+    # Not simple_evaluate: it spends seconds on asking git, pip and the machine about themselves.
+    found = evaluate(lm, loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     key = name.removeprefix(HUB)
     groups = found.get("groups") or {}
     scores = groups.get(key) or found["results"][key]
@@ -155,19 +147,23 @@ def _run_one(
 
 
 def local_task(
-    name: str, data_dir: Path, limit: int | None, num_fewshot: int | None, folder: Path
+    name: str, data_dir: Path, limit: int | None, num_fewshot: int | None
 ) -> dict[str, Any]:
-    """The task of `tasks/<name>.yaml` over rows written into `folder`, as lm-eval takes it."""
+    """The task of `tasks/<name>.yaml` over rows of `data_dir`, as lm-eval takes it."""
     if name == "mmlu":
         rows = mmlu_rows(data_dir, limit, MMLU_SHOTS if num_fewshot is None else num_fewshot)
     else:
         rows = hellaswag_rows(data_dir, limit)
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    files = {"data_files": {"test": str(path)}, "cache_dir": str(folder / "cache")}
+
+    def dataset(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        # Not through a JSON file: its reader guesses types, and makes times of texts like dates.
+        return {"test": Dataset.from_list(rows)}
+
     # Read here, not by name: lm-eval drops the registered file where a dict overrides a part of it.
     task = yaml.safe_load((TASKS / f"{name}.yaml").read_text(encoding="utf-8"))
-    return {**task, "dataset_kwargs": files}
+    return {**task, "custom_dataset": dataset}
 
 
 def _counting_lm(
@@ -201,9 +197,29 @@ def _counting_lm(
 
 
 @contextlib.contextmanager
+def _untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluating in the middle of a training run must not change it: every module keeps its mode,
+    and the generators of Python, numpy and torch stay where they are."""
+    modes = [(module, module.training) for module in model.modules()]
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without a line for each cut prompt (they are counted) and without datasets' own bars."""
+    """Without a line for each cut prompt (they are counted) and without bars over the rows."""
     import datasets
+    from lm_eval.api import task
+    from tqdm import tqdm
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels, bars = [logger.level for logger in loggers], datasets.are_progress_bars_disabled()
@@ -211,7 +227,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with unittest.mock.patch.object(task, "tqdm", functools.partial(tqdm, disable=True)):
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
