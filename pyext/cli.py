@@ -110,6 +110,45 @@ def _run(
 
 
 @app.command()
+def pretrain(
+    out: Annotated[Path, typer.Argument(help="Folder of the model to be made.", metavar="OUT")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text file, a document a line (repeatable).", metavar="FILE"),
+    ] = None,
+    quickstart: Annotated[
+        bool,
+        typer.Option("--quickstart", help="Make OUT/data and OUT/base of the quickstart anew."),
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1)] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    block_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    learning_rate: float = 3e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """A tiny Llama and its tokenizer from nothing but text. Goes on where it was cut off."""
+    from fusedpeft.train import pretrain as recipe
+
+    if quickstart:
+        made = recipe.remake_quickstart(out, seed=seed)
+    elif text:
+        made = recipe.pretrain(
+            text,
+            out,
+            steps=steps,
+            batch_size=batch_size,
+            block_tokens=block_tokens,
+            learning_rate=learning_rate,
+            seed=seed,
+        )
+    else:
+        raise InputError("pretrain: expected --text FILE (or --quickstart), got neither")
+    typer.echo(
+        f"held-out loss {made['eval_loss_before']:.3f} → {made['eval_loss_after']:.3f} nats a token"
+    )
+
+
+@app.command()
 def generate(
     model: Annotated[Path, typer.Argument(help="Folder of the base model.")],
     prompt: Annotated[str, typer.Argument(help="What the user says.")],

@@ -73,6 +73,13 @@ def run(
     for name in plan:
         if name not in again:
             plan[name].check()
+    for name in todo:
+        for earlier in _AFTER[name]:
+            if earlier in plan and earlier not in todo and plan[earlier].result() is None:
+                raise InputError(
+                    f"{name} needs the stage {earlier}, which is not complete in "
+                    f"{config.run_dir}: run it first"
+                )
     _check_rows(config, tokenizer, rows, [n for n in todo if n in TRAINED])
 
     if config.threads is not None:
@@ -90,12 +97,6 @@ def run(
             if stage.result() is not None:
                 console.print(f"{name}: complete, skipped")
                 continue
-            for earlier in _AFTER[name]:
-                if earlier in plan and plan[earlier].result() is None:
-                    raise InputError(
-                        f"{name} needs the stage {earlier}, which is not complete in "
-                        f"{config.run_dir}: run it first"
-                    )
             started = time.monotonic()
             result = _WORK[name](this, stage)
             _complete(stage, result, time.monotonic() - started)
