@@ -1,0 +1,227 @@
+// Runs a .cu file on a CPU, for tests: compiled as C++ with -DFUSEDPEFT_SIMT, a thread of a block is
+// a fiber and the blocks run one after the other. Not for speed.
+//
+// What is found, always with kernel, block and thread:
+//   - a barrier or a warp operation that not everyone reaches, or reaches elsewhere: std::logic_error;
+//   - reads and writes out of bounds, of global and of shared memory: -fsanitize=address;
+//   - misaligned vectors, overflow: -fsanitize=undefined;
+//   - races between the threads of a block, on shared and on global memory: -fsanitize=thread, to
+//     which every fiber is a thread and only barriers, __syncwarp and atomics order them. A shuffle
+//     orders nothing, as on a GPU;
+//   - shared memory read before it was written: it starts as 0xFF bytes, which is NaN.
+// What is not: races between blocks; a fence that is missing beside an atomic, as atomics are
+// sequentially consistent here; a block that waits for a later one (it never comes).
+// simt.cpp is compiled without sanitizers, whichever the kernels have.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+
+// --- words of the language ------------------------------------------------------------------------
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+// One block runs at a time, so its shared variables are plain statics; in a section of their own they
+// can be filled before each block (and -fsanitize-sections=simt_shared puts redzones around them).
+#define __shared__ static __attribute__((section("simt_shared")))
+
+#define FP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                 \
+  do {                                                                            \
+    (void)(stream);                                                               \
+    ::simt::launch(#kernel, (grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); }); \
+  } while (0)
+#define FP_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())
+
+// --- types ----------------------------------------------------------------------------------------
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) int2 {
+  int x, y;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+using cudaStream_t = void*;
+
+struct __half {
+  _Float16 value;
+};
+struct alignas(4) __half2 {
+  __half x, y;
+};
+inline float __half2float(__half v) { return static_cast<float>(v.value); }
+inline __half __float2half(float v) { return {static_cast<_Float16>(v)}; }
+inline float2 __half22float2(__half2 v) { return {__half2float(v.x), __half2float(v.y)}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+
+struct __nv_bfloat16 {
+  std::uint16_t bits;
+};
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline float __bfloat162float(__nv_bfloat16 v) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline __nv_bfloat16 __float2bfloat16(float v) {  // to nearest, ties to even
+  std::uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if (v != v) return {0x7FFF};
+  return {static_cast<std::uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
+inline float2 __bfloat1622float2(__nv_bfloat162 v) {
+  return {__bfloat162float(v.x), __bfloat162float(v.y)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16(x), __float2bfloat16(y)};
+}
+
+// --- the running thread ---------------------------------------------------------------------------
+inline uint3 threadIdx, blockIdx;  // set when a fiber is entered
+inline dim3 blockDim, gridDim;
+
+namespace simt {
+
+struct Site {  // where a collective was called
+  const char* what;
+  const char* file;
+  int line;
+};
+
+// Runs `body` once for each thread. std::runtime_error for a size that CUDA refuses, as a failed
+// launch; std::logic_error for a barrier or a warp operation used wrongly.
+void launch(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+            const std::function<void()>& body);
+// This block's dynamic shared memory: exactly as many bytes as the launch asked for.
+void* dynamic_shared();
+// Waits for every thread of the block; one that has exited is missed.
+void barrier(Site site);
+// Waits for every lane of `mask`; returns what each of the 32 gave, good until this lane's next
+// exchange. `orders`: whether memory written before is visible after (__syncwarp: yes).
+const std::uint64_t* exchange(unsigned mask, std::uint64_t value, bool orders, Site site);
+// Stops the launch: std::logic_error with the running thread's place in front.
+[[noreturn]] void fail(Site site, const std::string& why);
+bool takes_part(unsigned lane, unsigned mask);  // is in the mask, and this warp has it
+
+template <class T>
+T shuffle(unsigned mask, T value, int source, Site site) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+  std::uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  const std::uint64_t* all = exchange(mask, bits, false, site);
+  if (!takes_part(source, mask))
+    fail(site, "reads lane " + std::to_string(source) + ", which takes no part");
+  std::memcpy(&value, all + source, sizeof value);
+  return value;
+}
+
+inline int lane() {
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+
+}  // namespace simt
+
+// --- collectives, with the caller's line ----------------------------------------------------------
+#define SIMT_SITE(name) \
+  ::simt::Site { name, file, line }
+#define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(SIMT_HERE) { simt::barrier(SIMT_SITE("__syncthreads")); }
+inline void __syncwarp(unsigned mask = ~0u, SIMT_HERE) {
+  simt::exchange(mask, 0, true, SIMT_SITE("__syncwarp"));
+}
+template <class T>
+T __shfl_sync(unsigned mask, T v, int source, int width = 32, SIMT_HERE) {
+  const int base = simt::lane() / width * width;
+  return simt::shuffle(mask, v, base + source % width, SIMT_SITE("__shfl_sync"));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, SIMT_HERE) {
+  const int self = simt::lane(), from = self ^ bits;
+  const bool inside = from / width <= self / width;
+  return simt::shuffle(mask, v, inside ? from : self, SIMT_SITE("__shfl_xor_sync"));
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T v, unsigned by, int width = 32, SIMT_HERE) {
+  const int self = simt::lane(), from = self + by;
+  const bool inside = from / width == self / width;
+  return simt::shuffle(mask, v, inside ? from : self, SIMT_SITE("__shfl_down_sync"));
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T v, unsigned by, int width = 32, SIMT_HERE) {
+  const int self = simt::lane(), from = self - static_cast<int>(by);
+  const bool inside = from >= self / width * width;
+  return simt::shuffle(mask, v, inside ? from : self, SIMT_SITE("__shfl_up_sync"));
+}
+inline unsigned __ballot_sync(unsigned mask, bool v, SIMT_HERE) {
+  const std::uint64_t* all = simt::exchange(mask, v, false, SIMT_SITE("__ballot_sync"));
+  unsigned votes = 0;
+  for (unsigned i = 0; i < 32; ++i)
+    if (simt::takes_part(i, mask) && all[i]) votes |= 1u << i;
+  return votes;
+}
+
+// --- memory and arithmetic ------------------------------------------------------------------------
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+template <class T>
+T atomicExch(T* p, T v) {
+  return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);
+}
+template <class T>
+T atomicCAS(T* p, T expected, T v) {
+  __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
+template <class T>
+T atomicAdd(T* p, T v) {
+  T old, next;
+  __atomic_load(p, &old, __ATOMIC_SEQ_CST);
+  do {
+    next = old + v;
+  } while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+  return old;
+}
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
