@@ -7,15 +7,16 @@ history.json. Every text that comes from a file is escaped; nothing is fetched w
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fusedpeft.errors import InputError
-from fusedpeft.evaluate.plots import bar, line_chart, smooth
+from fusedpeft.evaluate.figures import Figure, decimals, duration, figures, signed
+from fusedpeft.evaluate.plots import Points, bar, line_chart, smooth
 
 TITLES = {
     "base": "Base",
@@ -27,45 +28,14 @@ TITLES = {
 }
 MODELS = ("base", "sft", "pro")
 ASPECTS = ("helpful", "safe", "overall")
+NAMES = {
+    "mmlu": "MMLU",
+    "hellaswag": "HellaSwag",
+    "acc": "accuracy",
+    "acc_norm": "accuracy by character",
+    "eval_loss": "Loss on held-out answers",
+}
 _SMOOTH_FROM = 24
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A measured value before and after a stage, on rows never trained on."""
-
-    stage: str
-    name: str
-    before: float | None
-    after: float
-    higher_is_better: bool
-    percent: bool = False
-
-    def show(self, value: float | None) -> str:
-        if value is None:
-            return "–"
-        text = f"{100 * value:.1f} %" if self.percent else f"{value:.3f}"
-        return text.replace("-", "−")
-
-    @property
-    def change(self) -> float | None:
-        return None if self.before is None else self.after - self.before
-
-    @property
-    def style(self) -> str:
-        """good, bad, or nothing where it cannot be told."""
-        if not self.change:
-            return ""
-        return "good" if (self.change > 0) == self.higher_is_better else "bad"
-
-    def show_change(self) -> str:
-        if self.change is None:
-            return "–"
-        arrow = "▲" if self.change > 0 else "▼" if self.change < 0 else "="
-        size = abs(self.change)
-        text = f"{100 * size:.1f} points" if self.percent else f"{size:.3f}"
-        word = {"good": "better", "bad": "worse", "": "unchanged"}[self.style]
-        return f'<span class="{self.style}">{arrow} {text} <small>{word}</small></span>'
 
 
 def write_report(run_dir: Path) -> Path:
@@ -101,14 +71,14 @@ def render(
     results: dict[str, Any], histories: dict[str, list[dict]], samples: list[dict[str, Any]]
 ) -> str:
     """The page as text."""
-    figures = list(_figures(results["stages"]))
+    measured = list(figures(results["stages"]))
     name = escape(str(results.get("name", "run")))
     style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
     body = "".join(
         (
             _header(name, results),
-            _tiles(figures),
-            _table(figures),
+            _tiles(measured),
+            _table(measured),
             _aspects(results["stages"]),
             _curves(histories),
             _scores(results["stages"].get("evaluate") or {}),
@@ -124,34 +94,6 @@ def render(
     )
 
 
-def _figures(stages: dict[str, Any]) -> Iterable[Figure]:
-    sft, reward, pro = (stages.get(s) or {} for s in ("sft", "reward", "pro"))
-    if sft.get("eval_loss_after") is not None:
-        yield Figure(
-            "sft",
-            "Loss on held-out answers, nats a token",
-            sft.get("eval_loss_before"),
-            sft["eval_loss_after"],
-            False,
-        )
-    accuracy, before = reward.get("accuracy") or {}, reward.get("accuracy_before") or {}
-    if accuracy.get("overall") is not None:
-        yield Figure(
-            "reward",
-            "Held-out pairs in the right order",
-            before.get("overall"),
-            accuracy["overall"],
-            True,
-            percent=True,
-        )
-    for key, title, percent in (
-        ("ranking_accuracy", "Held-out lists: best answer ranked above", True),
-        ("reward", "Mean reward of its own answers", False),
-    ):
-        if pro.get(f"{key}_after") is not None:
-            yield Figure("pro", title, pro.get(f"{key}_before"), pro[f"{key}_after"], True, percent)
-
-
 def _header(name: str, results: dict[str, Any]) -> str:
     told = []
     stages = [TITLES.get(s, s) for s in results["stages"] if results["stages"][s] is not None]
@@ -159,36 +101,44 @@ def _header(name: str, results: dict[str, Any]) -> str:
         told.append(escape(", ".join(stages)))
     seconds = [s for s in (results.get("seconds") or {}).values() if s is not None]
     if seconds:
-        told.append(f"{_duration(sum(seconds))} in all")
+        told.append(f"{duration(sum(seconds))} in all")
     if results.get("peak_memory_bytes"):
         told.append(f"{results['peak_memory_bytes'] / 2**30:.2f} GiB at the peak")
-    return f"<header><h1>{name}</h1><p>{' · '.join(told)}</p></header>"
+    made = ""
+    config = results.get("config") or {}
+    if config.get("base") and (config.get("lora") or {}).get("rank"):
+        model = escape(Path(str(config["base"])).name)
+        made = f"<p>LoRA of rank {int(config['lora']['rank'])} on {model}"
+        trained = (results["stages"].get("sft") or {}).get("trainable_parameters")
+        made += f", {trained:,} trained parameters</p>" if trained else "</p>"
+    return f"<header><h1>{name}</h1><p>{' · '.join(told)}</p>{made}</header>"
 
 
-def _tiles(figures: list[Figure]) -> str:
+def _tiles(measured: list[Figure]) -> str:
     tiles = ""
-    for f in figures:
-        before = "" if f.before is None else f"<span>before: {f.show(f.before)}</span>"
+    for f in measured:
+        before = "" if f.before is None else f"<span>before {f.show(f.before)}</span>"
         tiles += (
-            f'<div class="card tile"><span>{TITLES[f.stage]}: {escape(f.name.lower())}</span>'
+            f'<div class="card tile"><span><b>{TITLES[f.stage]}</b> {escape(f.name)}</span>'
             f'<strong class="{f.style}">{f.show(f.after)}</strong>{before}</div>'
         )
     return f'<div class="tiles">{tiles}</div>' if tiles else ""
 
 
-def _table(figures: list[Figure]) -> str:
-    if not figures:
+def _table(measured: list[Figure]) -> str:
+    if not measured:
         return ""
     rows = "".join(
-        f"<tr><td>{TITLES[f.stage]}</td><td>{escape(f.name)}</td>"
-        f'<td class="n">{f.show(f.before)}</td><td class="n">{f.show(f.after)}</td>'
-        f'<td class="n">{f.show_change()}</td></tr>'
-        for f in figures
+        f'<tr><td class="stage">{TITLES[f.stage]}</td><td>{escape(f.name)}</td>'
+        f'<td class="n" data-label="Before">{f.show(f.before)}</td>'
+        f'<td class="n" data-label="After">{f.show(f.after)}</td>'
+        f'<td class="n" data-label="Change">{f.show_change()}</td></tr>'
+        for f in measured
     )
     return (
         "<h2>Before and after each stage</h2>"
         "<p>Measured on rows that no stage trained on. PRO starts where SFT ended.</p>"
-        '<div class="card scroll"><table><thead><tr><th>Stage</th><th>Measure</th>'
+        '<div class="card scroll"><table class="stack"><thead><tr><th>Stage</th><th>Measure</th>'
         '<th class="n">Before</th><th class="n">After</th><th class="n">Change</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -221,10 +171,9 @@ def _aspects(stages: dict[str, Any]) -> str:
 def _curves(histories: dict[str, list[dict]]) -> str:
     charts = ""
     for stage, history in histories.items():
-        train = [(h["step"], h["loss"]) for h in history if "loss" in h and "step" in h]
-        held = [(h["step"], h["eval_loss"]) for h in history if "eval_loss" in h and "step" in h]
+        train, held = _points(history, "loss"), _points(history, "eval_loss")
         if len(train) >= _SMOOTH_FROM:
-            series = {"training, each log": ("raw", train), "mean of 5": ("train", smooth(train))}
+            series = {"training": ("raw", train), "mean of 5": ("train", smooth(train))}
         else:
             series = {"training": ("train", train)}
         series["held out"] = ("held", held)
@@ -232,39 +181,59 @@ def _curves(histories: dict[str, list[dict]]) -> str:
     return f'<h2>Training curves</h2><div class="charts">{charts}</div>' if charts else ""
 
 
+def _points(history: list[dict], key: str) -> Points:
+    """(step, value) of the entries that have both; a value that was not finite is null there."""
+    wanted = ((entry.get("step"), entry.get(key)) for entry in history)
+    return [(x, y) for x, y in wanted if x is not None and y is not None and math.isfinite(y)]
+
+
 def _scores(evaluate: dict[str, Any]) -> str:
     """A row a task and metric, a column a model. The result is {model: {metric or task: …}}."""
     columns = [m for m in MODELS if isinstance(evaluate.get(m), dict)]
     flat = {m: dict(_flat(evaluate[m])) for m in columns}
-    names = list(dict.fromkeys(name for m in columns for name in flat[m]))
-    if not names:
-        return ""
+    paths = list(dict.fromkeys(path for m in columns for path in flat[m]))
     rows = ""
-    for name in names:
-        cells = "".join(f'<td class="n">{_number(flat[m].get(name), name)}</td>' for m in columns)
-        rows += f"<tr><td>{escape(name)}</td>{cells}</tr>"
+    for path in paths:
+        *task, metric = path
+        if task and metric in ("n", "truncated"):
+            continue
+        counts = {k: max(flat[m].get((*task, k), 0) for m in columns) for k in ("n", "truncated")}
+        note = f"{counts['n']:.0f} questions" if task and counts["n"] else ""
+        if note and counts["truncated"]:
+            note += f", {counts['truncated']:.0f} prompts cut to fit the model"
+        cells = "".join(
+            f'<td class="n" data-label="{TITLES[m]}">'
+            f"{_score(flat[m].get(path), metric, counts['n'])}</td>"
+            for m in columns
+        )
+        name = ": ".join(NAMES.get(key, key.replace("_", " ")) for key in path)
+        rows += f"<tr><td>{escape(name)} <small>{note}</small></td>{cells}</tr>"
+    if not rows:
+        return ""
     heads = "".join(f'<th class="n">{TITLES[m]}</th>' for m in columns)
     return (
-        '<h2>Evaluation</h2><div class="card scroll"><table><thead><tr><th>Task and measure</th>'
+        "<h2>Evaluation</h2><p>The base model, after SFT and after PRO. ± is one standard error of "
+        "the share of questions.</p>"
+        '<div class="card scroll"><table class="stack"><thead><tr><th>Task and measure</th>'
         f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
+def _flat(value: dict[str, Any], *above: str) -> Iterable[tuple[tuple[str, ...], float]]:
     for key, inner in value.items():
-        name = f"{prefix}{str(key).replace('_', ' ')}"
         if isinstance(inner, dict):
-            yield from _flat(inner, f"{name}: ")
+            yield from _flat(inner, *above, str(key))
         elif isinstance(inner, (int, float)) and not isinstance(inner, bool):
-            yield name, inner
+            yield (*above, str(key)), inner
 
 
-def _number(value: float | None, name: str) -> str:
+def _score(value: float | None, metric: str, n: float) -> str:
     if value is None:
         return "–"
-    if name.rpartition(": ")[2] in ("acc", "acc norm"):
-        return f"{100 * value:.1f} %"
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
+    if metric in ("acc", "acc_norm"):
+        error = f" <small>± {100 * math.sqrt(value * (1 - value) / n):.1f}</small>" if n else ""
+        return f"{100 * value:.1f} %{error}"
+    return f"{value:.0f}" if float(value).is_integer() else decimals(value, 3)
 
 
 def _samples(samples: list[dict[str, Any]]) -> str:
@@ -277,7 +246,7 @@ def _samples(samples: list[dict[str, Any]]) -> str:
             if text is None:
                 continue
             reward = rewards.get(model)
-            chip = "" if reward is None else f"<span>reward {_signed(reward)}</span>"
+            chip = "" if reward is None else f"<span>reward {signed(reward)}</span>"
             paragraph = _paragraph(text) if text.strip() else '<p class="empty">(nothing)</p>'
             answers += (
                 f'<div class="answer {model}"><h3>{TITLES[model]}{chip}</h3>{paragraph}</div>'
@@ -292,10 +261,6 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     )
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
 def _paragraph(text: str) -> str:
     # The language chooses the font where a browser has several for the same characters.
     korean = any("가" <= c <= "힣" for c in text)
@@ -307,7 +272,7 @@ def _settings(results: dict[str, Any]) -> str:
     seconds = {k: v for k, v in (results.get("seconds") or {}).items() if v is not None}
     if seconds:
         rows = "".join(
-            f'<tr><td>{escape(TITLES.get(s, s))}</td><td class="n">{_duration(v)}</td></tr>'
+            f'<tr><td>{escape(TITLES.get(s, s))}</td><td class="n">{duration(v)}</td></tr>'
             for s, v in seconds.items()
         )
         parts += (
@@ -318,9 +283,3 @@ def _settings(results: dict[str, Any]) -> str:
             text = json.dumps(results[key], indent=2, ensure_ascii=False)
             parts += f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
     return f"<h2>How it was made</h2>{parts}" if parts else ""
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{int(seconds // 60)} min {round(seconds % 60):02d} s"
