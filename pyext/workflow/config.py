@@ -4,30 +4,52 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from fusedpeft.errors import InputError
+from fusedpeft.workflow.yaml_file import apply_override, expand, read_yaml
 
 STAGES = ("sft", "reward", "pro", "evaluate", "report")
 TRAINED = STAGES[:3]
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # validate_default: a default that is written out is the same configuration, 16 and 16.0 too.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_yes_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # Elsewhere true is 1. Here `eval_steps: yes` would mean every step.
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("expected another value than true or false")
+        return value
 
 
 def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, (str, Path)) else value
+    if isinstance(value, (str, Path)):
+        return [value]
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError("expected a file or a list of files")
+    return value
 
 
-Paths = Annotated[list[Path], BeforeValidator(_as_list), Field(min_length=1)]
+Paths = Annotated[list[Path], BeforeValidator(_as_list)]
 
 
 class Lora(Section):
@@ -141,19 +163,6 @@ class Config(Section):
         return section
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is an error, not the last one's victory."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} stands here twice", node.value[i][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
 def load_config(
     path: str | Path, overrides: list[str] | tuple[str, ...] = (), shorten: int | None = None
 ) -> Config:
@@ -166,10 +175,10 @@ def load_config(
     Raises InputError for all that is wrong with the file; nothing is written.
     """
     path = Path(path)
-    raw = _read(path)
+    raw = read_yaml(path)
     for override in overrides:
-        _apply(raw, override)
-    raw = _expand(raw, path)
+        apply_override(raw, override)
+    raw = expand(raw, path)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -179,77 +188,37 @@ def load_config(
     return config if shorten is None else shortened(config, shorten)
 
 
-def _read(path: Path) -> dict:
-    if not path.is_file():
-        raise InputError(f"{path}: expected a YAML file, there is none")
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "unreadable"
-        raise InputError(f"{path}{where}: not valid YAML: {problem}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text ({error.reason})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: expected a mapping with name, base, sft, …, got {raw!r:.40}")
-    return raw
-
-
-def _apply(raw: dict, override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not all(key.split(".")):
-        raise InputError(f"--set: expected KEY=VALUE such as sft.max_steps=10, got {override!r}")
-    *parents, last = key.split(".")
-    for parent in parents:
-        if raw.get(parent) is None:
-            raw[parent] = {}
-        raw = raw[parent]
-        if not isinstance(raw, dict):
-            raise InputError(f"--set {key}: {parent!r} is a value, not a section")
-    try:
-        raw[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: not valid YAML: {value!r}") from error
-
-
-def _expand(value: Any, path: Path) -> Any:
-    def variable(match: re.Match) -> str:
-        name, default = match.groups()
-        found = os.environ.get(name) or default
-        if found is None:
-            raise InputError(f"{path}: {match[0]}: the environment variable {name} is not set")
-        return found
-
-    if isinstance(value, dict):
-        return {k: _expand(v, path) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_expand(v, path) for v in value]
-    return _VARIABLE.sub(variable, value) if isinstance(value, str) else value
-
-
 def _explain(error: ValidationError) -> str:
     """The first problem in one line, and how many there are beside it."""
-    problems = error.errors()
+    # Of "a text or a list of texts" each half complains at the same place, or one further inside.
+    places = [tuple(_location(p)) for p in error.errors()]
+    problems: dict[tuple, Any] = {}
+    for place, problem in zip(places, error.errors(), strict=True):
+        if not any(len(q) > len(place) and q[: len(place)] == place for q in places):
+            problems.setdefault(place, problem)
     # An unknown key often is why another one is missing: it comes first.
-    first = min(problems, key=lambda p: p["type"] != "extra_forbidden")
-    loc = [part for part in first["loc"] if part not in ("str", "list[str]")]
+    loc, first = min(problems.items(), key=lambda p: p[1]["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in loc)
     if first["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in loc[:-1]:
             section = _section_type(section, str(part))
         names = list(section.model_fields)
-        close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.6)
         inside = f"section {'.'.join(map(str, loc[:-1]))!r}" if loc[:-1] else "the top level"
         fix = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(names)}"
         text = f"unknown key {str(loc[-1])!r} in {inside}: {fix}"
     elif first["type"] == "missing":
         text = f"expected a value for {where!r}, there is none"
     else:
-        text = f"{where}: {first['msg']}, got {first['input']!r:.60}"
+        problem = first["msg"].removeprefix("Value error, ")
+        text = f"{where}: {problem}, got {first['input']!r:.60}"
     more = len(problems) - 1
     return text + (f" (and {more} more problem{'s' if more > 1 else ''})" if more else "")
+
+
+def _location(problem: Any) -> list[str | int]:
+    return [part for part in problem["loc"] if part not in ("str", "list[str]")]
 
 
 def _section_type(section: type[BaseModel], field: str) -> type[BaseModel]:
@@ -268,7 +237,7 @@ def _absolute(config: Config, folder: Path) -> Config:
     if config.evaluate is not None and config.evaluate.data is not None:
         data = _join(folder, config.evaluate.data)
         update["evaluate"] = config.evaluate.model_copy(update={"data": data})
-    update["output"] = Path(os.path.abspath(config.run_dir))
+    update["output"] = Path(os.path.abspath(config.run_dir.expanduser()))
     return config.model_copy(update=update)
 
 
@@ -281,6 +250,8 @@ def _check_paths(config: Config, path: Path) -> None:
         raise InputError(
             f"{path}: base: expected a folder with a model's config.json, got {config.base}"
         )
+    if config.output is not None and config.output.exists() and not config.output.is_dir():
+        raise InputError(f"{path}: output: expected a folder, {config.output} is a file")
     for stage in TRAINED:
         section = getattr(config, stage)
         for file in section.data if section else ():

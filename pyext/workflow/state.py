@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -41,8 +42,18 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    # allow_nan=False: a NaN would be written as a word that no JSON reader has to understand.
-    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Numbers that are not finite become null: NaN is a word that no JSON reader has to know, and
+    the curve of a training that went astray must be writable."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -144,7 +155,8 @@ def _difference(before: dict, now: dict) -> str:
     for part in ("settings", "inputs", "after"):
         old, new = before.get(part) or {}, now.get(part) or {}
         for key in sorted({*old, *new}):
-            if old.get(key) == new.get(key):
+            # As the identities are compared: 1 and 1.0 are told apart there.
+            if digest(old.get(key)) == digest(new.get(key)):
                 continue
             if part == "settings":
                 told.append(f"{key} {old.get(key)} (now {new.get(key)})")
@@ -158,8 +170,14 @@ def _difference(before: dict, now: dict) -> str:
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """One process at a time in a run's folder; the kernel drops the lock of a killed one."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / ".lock").open("w")
+    except OSError as error:
+        raise InputError(
+            f"{run_dir}: expected a folder that can be written to ({error.strerror})"
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
