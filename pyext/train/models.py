@@ -94,10 +94,8 @@ class RewardModel(nn.Module):
         save_file(
             {"heads": self.heads.weight.detach().cpu().contiguous()},
             folder / HEAD_NAME,
-            metadata={
-                "format": "pt",
-                "trained": ",".join(self.trained),
-            },
+            # One key: the order of several is not the same from file to file.
+            metadata={"trained": ",".join(self.trained)},
         )
         save_adapter(self.model, folder)
 

@@ -114,11 +114,12 @@ class Pro(Training):
 
 class Evaluate(Section):
     """Benchmark tasks for base, SFT and PRO. data: the folder with the tasks' files;
-    limit: questions of each task (all by default)."""
+    limit: questions of each task (all by default). num_fewshot: MMLU's shots (5 by default)."""
 
     tasks: list[Literal["mmlu", "hellaswag"]] = []
     data: Path | None = None
     limit: int | None = Field(None, ge=1)
+    num_fewshot: int | None = Field(None, ge=0)
     batch_size: int = Field(8, ge=1)
 
 

@@ -43,6 +43,7 @@ def evaluate(run: Run, stage: Stage) -> dict:
                     section.data,
                     limit=section.limit,
                     batch_size=section.batch_size,
+                    num_fewshot=section.num_fewshot,
                 )
             return scores
 
