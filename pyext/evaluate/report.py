@@ -256,8 +256,9 @@ def _samples(samples: list[dict[str, Any]]) -> str:
     if not cards:
         return ""
     return (
-        "<h2>Answers side by side</h2><p>Prompts that no stage trained on, answered greedily. The "
-        f"reward model's score is standardised over held-out rows.</p>{cards}"
+        "<h2>Answers side by side</h2><p>Prompts that no stage trained on, answered greedily. A "
+        "reward of 0 is as good as the mean of the prompt's own responses in the data, 1 is one "
+        f"standard deviation better.</p>{cards}"
     )
 
 
