@@ -9,11 +9,13 @@
 //   kHalvesInOrder
 //
 // The order of work, S = scale * x A^T:
-//   1. x is packed once, in tiles of K that stay in the L1 cache, split over the threads;
+//   1. x is packed once (see Wide), split over the threads;
 //   2. S[m, r], the rows of A split over the threads;
-//   3. y, the rows of W split over the threads, a few rows at a time against a group of tokens.
-//      When the sums of a block over K stand, [B | S] is one more tile of K.
-// One parallel region; the threads meet after 1, and after 2 just before the first needs S.
+//   3. y, the rows of W split over the threads: a few rows at a time against a few tokens, then the
+//      next tokens while these rows are in the cache and the next rows are on their way to it. When
+//      the sums over K stand, [B | S] is a piece more of K.
+// One parallel region; the threads meet after 1, and after 2 just before the first needs S. A sum
+// runs over K in the same order whatever the threads and the other tokens are.
 #pragma once
 
 #include <omp.h>
@@ -80,7 +82,7 @@ FUSEDPEFT_INLINE int64_t packed_at(int64_t i, const Float16*) {
 
 // --- products -----------------------------------------------------------------------------------
 
-constexpr int kTokens = 16;  // of one pass
+constexpr int kTokens = 16;                       // of one call
 constexpr int kGroup = kRegisters >= 32 ? 6 : 4;  // tokens against which rows are held at once
 
 // Rows at a time for a group of tokens: the sums, a vector of each row and one of x in registers.
@@ -110,10 +112,19 @@ FUSEDPEFT_INLINE void dot_block(F (&sums)[NR][MT], const typename P::Element* w,
   if constexpr (P::kParts == 2) dot_part<P, 1>(sums, w, sw, x, sx);
 }
 
-// acc[n, m] (+)= row n of w times token m over k elements. acc: rows of kTokens vectors.
+// What to fetch while rows are multiplied: of rows like these, a line from `from` on for every
+// `every` elements of K.
+struct Ahead {
+  const char* from;
+  int64_t every;
+};
+constexpr int kLine = 64;  // bytes
+
+// acc[n, m] (+)= row n of w times token m, over k elements. acc: rows of kTokens vectors.
 template <class P, int NR, int MT>
 __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element* w, int64_t sw,
-                                   const typename P::Packed* x, int64_t sx, int64_t k) {
+                                   const typename P::Packed* x, int64_t sx, int64_t k,
+                                   Ahead ahead) {
   F sums[NR][MT];
 #pragma GCC unroll 8
   for (int n = 0; n < NR; ++n)
@@ -121,6 +132,13 @@ __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element
     for (int m = 0; m < MT; ++m) sums[n][m] = fresh ? F{} : acc[n * kTokens + m];
 
   int64_t at = 0;
+  for (; at + ahead.every <= k; ahead.from += kLine) {
+#pragma GCC unroll 8
+    for (int n = 0; n < NR; ++n)
+      __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w), 0, 2);
+    for (const int64_t end = at + ahead.every; at < end; at += P::kBlock)
+      dot_block<P>(sums, w + at, sw, x + at, sx);
+  }
   for (; at + P::kBlock <= k; at += P::kBlock) dot_block<P>(sums, w + at, sw, x + at, sx);
   if (at < k) {  // x is padded with zeros; what lies beyond a row of w is not ours to read
     typename P::Element edge[NR][P::kBlock] = {};
@@ -135,152 +153,147 @@ __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element
     for (int m = 0; m < MT; ++m) acc[n * kTokens + m] = sums[n][m];
 }
 
-// `rows` rows of w against a group of G or G - 1 tokens.
-template <class P, int G>
-FUSEDPEFT_INLINE void dot_rows(F* acc, bool fresh, const typename P::Element* w, int64_t sw,
-                               int64_t rows, const typename P::Packed* x, int64_t sx, int tokens,
-                               int64_t k) {
-  constexpr int NR = rows_for(G), L = G > 1 ? G - 1 : 1;
-  const auto many = tokens == G ? dot<P, NR, G> : dot<P, NR, L>;
-  const auto one = tokens == G ? dot<P, 1, G> : dot<P, 1, L>;
-  int64_t n = 0;
-  for (; n + NR <= rows; n += NR) many(acc + n * kTokens, fresh, w + n * sw, sw, x, sx, k);
-  for (; n < rows; ++n) one(acc + n * kTokens, fresh, w + n * sw, sw, x, sx, k);
-}
-
-// The tokens of a pass: `groups` groups, the first `larger` of them of G and the others of G - 1.
+// The tokens of a call: the first `larger` groups have `size` of them, the others one less.
 struct Groups {
-  int m, groups, size, larger;
-  explicit Groups(int m)
-      : m(m), groups((m + kGroup - 1) / kGroup), size((m + groups - 1) / groups),
-        larger(m - groups * (size - 1)) {}
+  int count, size, larger;
+
+  explicit Groups(int tokens)
+      : count((tokens + kGroup - 1) / kGroup),
+        size((tokens + count - 1) / count),
+        larger(tokens - count * (size - 1)) {}
   int begin(int g) const { return g * size - (g > larger ? g - larger : 0); }
-  int count(int g) const { return size - (g >= larger); }
 };
 
-// Packed tokens: tile after tile of k_tile elements (a multiple of every kBlock), m rows in each.
+// Tokens in the order of P's blocks, padded with zeros to whole blocks.
 template <class P>
-struct Packed {
+struct Tokens {
   typename P::Packed* x;
-  int64_t m, k, k_tile;
+  int64_t m, k, stride;
 
-  int64_t tiles() const { return ceil_div(k, k_tile); }
-  typename P::Packed* row(int64_t tile, int64_t token) const {
-    return x + (tile * m + token) * k_tile;
-  }
-  int64_t count(int64_t tile) const { return min_of(k_tile, k - tile * k_tile); }
-
-  // Row `token` of the tile, from elements of T: the same as those of P, or converted one by one.
+  // Elements begin..end (begin: a multiple of the block) of a token, from T: as they are where T is
+  // P's, else each converted.
   template <class T>
-  void pack(int64_t tile, int64_t token, const T* from) const {
-    const int64_t n = count(tile);
-    auto* to = row(tile, token);
+  void pack(int64_t token, const T* from, int64_t begin, int64_t end) const {
+    auto* to = x + token * stride;
+    int64_t i = begin;
     if constexpr (__is_same(T, typename P::Element)) {
-      int64_t i = 0;
-      for (; i + P::kBlock <= n; i += P::kBlock) P::pack(from + i, to + i);
-      if (i < n) {
-        T edge[P::kBlock] = {};
-        for (int64_t j = i; j < n; ++j) edge[j - i] = from[j];
-        P::pack(edge, to + i);
-      }
+      for (; i + P::kBlock <= end; i += P::kBlock) P::pack(from + i, to + i);
+      if (i == end) return;
+      T edge[P::kBlock] = {};
+      for (int64_t j = i; j < end; ++j) edge[j - i] = from[j];
+      P::pack(edge, to + i);
     } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-      for (int64_t i = n; i < round_up(n, P::kBlock); ++i) to[i] = 0;
+      for (; i < end; ++i) to[i] = to_float(from[i]);
+      for (; i % P::kBlock; ++i) to[i] = 0;
     }
   }
 };
 
-// acc[n, m] = row n of w times token m, all of K.
+// acc[n, m] (+)= row n of w times token m for rows_for(G) rows or fewer, the largest group being G.
 template <class P, int G>
-void dot_tiles(F* acc, const typename P::Element* w, int64_t sw, int64_t rows, Packed<P> x,
-               const Groups& groups) {
-  for (int64_t t = 0; t < x.tiles(); ++t)
-    for (int g = 0; g < groups.groups; ++g)
-      dot_rows<P, G>(acc + groups.begin(g), t == 0, w + t * x.k_tile, sw, rows,
-                     x.row(t, groups.begin(g)), x.k_tile, groups.count(g), x.count(t));
+FUSEDPEFT_INLINE void dot_rows(F* acc, bool fresh, const typename P::Element* w, int64_t sw,
+                               int64_t rows, const Tokens<P>& x, const Groups& groups, bool ahead) {
+  constexpr int NR = rows_for(G), L = G > 1 ? G - 1 : 1;
+  for (int g = 0; g < groups.count; ++g) {
+    const int first = groups.begin(g);
+    const auto* tokens = x.x + first * x.stride;
+    const bool large = g < groups.larger;
+    if (rows == NR) {
+      // Each group fetches its share of the next rows.
+      const Ahead next = {reinterpret_cast<const char*>(w + NR * sw + x.k / groups.count * g),
+                          ahead ? groups.count * kLine / static_cast<int64_t>(sizeof *w) : x.k + 1};
+      (large ? dot<P, NR, G> : dot<P, NR, L>)(acc + first, fresh, w, sw, tokens, x.stride, x.k, next);
+    } else {
+      for (int64_t n = 0; n < rows; ++n)
+        (large ? dot<P, 1, G> : dot<P, 1, L>)(acc + n * kTokens + first, fresh, w + n * sw, sw,
+                                              tokens, x.stride, x.k, {nullptr, x.k + 1});
+    }
+  }
 }
 
-constexpr int kMaxChunk = 24;  // rows of W that pass over one tile of x before the next tile
+// --- the call -----------------------------------------------------------------------------------
 
-// x, w and y of T, adapters of TA; PW, PA: the products of x with w and with a.
+// x, w and y of T, adapters of TA; PW, PA: the products of x with w and with a; G: largest group.
 template <class T, class TA, class PW, class PA, int G>
-struct Pass {
-  static constexpr int kRows = rows_for(G);
-  static constexpr int kChunk = kMaxChunk / kRows * kRows;
-  static constexpr bool kOnePacking = __is_same(PW, PA);
+struct Call {
   using PB = Wide<TA>;
+  static constexpr int kRows = rows_for(G);
+  static constexpr bool kOnePacking = __is_same(PW, PA);
+  static constexpr int64_t kBlocks = 4 * kWidth;  // a multiple of every kBlock
+  static constexpr int64_t kPiece = 1024;         // elements that a thread packs at a time
 
   const Decode& d;
+  const T *w, *bias;
+  const TA *a, *b;
   Groups groups;
-  Packed<PW> xw;
-  Packed<PA> xa;
-  Packed<PB> s;
+  Tokens<PW> xw;
+  Tokens<PA> xa;
+  Tokens<PB> s;
 
-  explicit Pass(const Decode& d) : d(d), groups(static_cast<int>(d.m)) {
-    constexpr int64_t step = 4 * kWidth;  // a multiple of the blocks of all products
-    const int64_t k_pad = round_up(d.k, step), r_pad = round_up(d.r, step);
-    const int64_t k_tile = groups.groups == 1 ? k_pad : min_of(k_pad, 512);
-    const int64_t elements = ceil_div(k_pad, k_tile) * k_tile * d.m;
-    char* memory = static_cast<char*>(
-        scratch(elements * ((kOnePacking ? 0 : sizeof(*xa.x)) + sizeof(*xw.x)) +
-                r_pad * d.m * sizeof(float)));
-    s = {reinterpret_cast<float*>(memory), d.m, d.r, r_pad};
-    memory += r_pad * d.m * sizeof(float);
-    xw = {reinterpret_cast<typename PW::Packed*>(memory), d.m, d.k, k_tile};
-    memory += elements * sizeof(*xw.x);
+  explicit Call(const Decode& d)
+      : d(d),
+        w(static_cast<const T*>(d.w)),
+        bias(static_cast<const T*>(d.bias)),
+        a(static_cast<const TA*>(d.a)),
+        b(static_cast<const TA*>(d.b)),
+        groups(static_cast<int>(d.m)) {
+    // A line more than needed: rows a power of two apart would fall into the same sets of the L1.
+    const int64_t sx = round_up(d.k, kBlocks) + kLine / 4, ss = round_up(d.r, kBlocks);
+    const int64_t floats = d.m * (ss + (kOnePacking ? 1 : 2) * sx);
+    float* memory = static_cast<float*>(scratch(floats * sizeof(float)));
+    s = {memory, d.m, d.r, ss};
+    for (int64_t i = 0; i < d.m * ss; ++i) memory[i] = 0;
+    memory += d.m * ss;
+    xw = {reinterpret_cast<typename PW::Packed*>(memory), d.m, d.k, sx};
     if constexpr (kOnePacking) {
       xa = xw;
     } else {
-      xa = {reinterpret_cast<typename PA::Packed*>(memory), d.m, d.k, k_tile};
-    }
-    for (int64_t i = 0; i < r_pad * d.m; ++i) s.x[i] = 0;
-  }
-
-  void pack(int64_t thread, int64_t threads) const {
-    const int64_t rows = xw.tiles() * d.m;
-    for (int64_t i = rows * thread / threads; i < rows * (thread + 1) / threads; ++i) {
-      const int64_t tile = i / d.m, token = i % d.m;
-      const T* from = static_cast<const T*>(d.x) + token * d.sx + tile * xw.k_tile;
-      xw.pack(tile, token, from);
-      if constexpr (!kOnePacking) xa.pack(tile, token, from);
+      xa = {reinterpret_cast<typename PA::Packed*>(memory + d.m * sx), d.m, d.k, sx};
     }
   }
 
-  void shrink(int64_t r0, int64_t r1) const {
-    F acc[kChunk * kTokens];
-    for (int64_t r = r0; r < r1; r += kChunk) {
-      const int64_t rows = min_of(kChunk, r1 - r);
-      dot_tiles<PA, G>(acc, static_cast<const TA*>(d.a) + r * d.sa, d.sa, rows, xa, groups);
+  void pack(int64_t thread, int64_t team) const {
+    const int64_t pieces = ceil_div(d.k, kPiece), all = d.m * pieces;
+    for (int64_t i = all * thread / team; i < all * (thread + 1) / team; ++i) {
+      const int64_t token = i / pieces, begin = i % pieces * kPiece;
+      const int64_t end = min_of(begin + kPiece, d.k);
+      const T* from = static_cast<const T*>(d.x) + token * d.sx;
+      xw.pack(token, from, begin, end);
+      if constexpr (!kOnePacking) xa.pack(token, from, begin, end);
+    }
+  }
+
+  void shrink(int64_t begin, int64_t end) const {
+    F acc[kRows * kTokens];
+    for (int64_t r = begin; r < end; r += kRows) {
+      const int64_t rows = min_of(kRows, end - r);
+      dot_rows<PA, G>(acc, true, a + r * d.sa, d.sa, rows, xa, groups, false);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t m = 0; m < d.m; ++m)
-          s.row(0, m)[packed_at(r + i, static_cast<const TA*>(nullptr))] =
-              d.scale * sum(acc[i * kTokens + m]);
+          s.x[m * s.stride + packed_at(r + i, a)] = d.scale * sum(acc[i * kTokens + m]);
+    }
+  }
+
+  // ready() returns when S stands.
+  template <class Ready>
+  void expand(int64_t begin, int64_t end, Ready ready) const {
+    F acc[kRows * kTokens];
+    if (begin >= end) ready();
+    for (int64_t n = begin; n < end; n += kRows) {
+      const int64_t rows = min_of(kRows, end - n);
+      dot_rows<PW, G>(acc, true, w + n * d.sw, d.sw, rows, xw, groups, true);
+      if (n == begin) ready();
+      dot_rows<PB, G>(acc, false, b + n * d.sb, d.sb, rows, s, groups, false);
+      for (int64_t i = n; i < n + rows; ++i) {
+        const float c = bias ? to_float(bias[i]) : 0.0f;
+        for (int64_t m = 0; m < d.m; ++m)
+          from_float(sum(acc[(i - n) * kTokens + m]) + c, static_cast<T*>(d.y) + m * d.sy + i);
+      }
     }
   }
 
   static void meet() {
 #pragma omp barrier
-  }
-
-  // ready() returns when S stands.
-  template <class Ready>
-  void expand(int64_t n0, int64_t n1, Ready ready) const {
-    F acc[kChunk * kTokens];
-    const int64_t chunk = xw.tiles() == 1 ? kRows : kChunk;
-    if (n0 >= n1) ready();
-    for (int64_t n = n0; n < n1; n += chunk) {
-      const int64_t rows = min_of(chunk, n1 - n);
-      dot_tiles<PW, G>(acc, static_cast<const T*>(d.w) + n * d.sw, d.sw, rows, xw, groups);
-      if (n == n0) ready();
-      for (int g = 0; g < groups.groups; ++g)
-        dot_rows<PB, G>(acc + groups.begin(g), false, static_cast<const TA*>(d.b) + n * d.sb, d.sb,
-                        rows, s.row(0, groups.begin(g)), s.k_tile, groups.count(g), d.r);
-      for (int64_t i = 0; i < rows; ++i) {
-        const float bias = d.bias ? to_float(static_cast<const T*>(d.bias)[n + i]) : 0.0f;
-        for (int64_t m = 0; m < d.m; ++m)
-          from_float(sum(acc[i * kTokens + m]) + bias, static_cast<T*>(d.y) + m * d.sy + n + i);
-      }
-    }
   }
 
   void run() const {
@@ -297,11 +310,11 @@ struct Pass {
     {
       const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
       pack(thread, team);
-#pragma omp barrier
+      meet();
       shrink(d.r * thread / team, d.r * (thread + 1) / team);
       const int64_t blocks = d.n / kRows;
       expand(blocks * thread / team * kRows,
-             thread + 1 == team ? d.n : blocks * (thread + 1) / team * kRows, meet);
+             thread + 1 < team ? blocks * (thread + 1) / team * kRows : d.n, meet);
     }
   }
 };
@@ -309,12 +322,12 @@ struct Pass {
 template <class T, class TA, class PW, class PA>
 void decode_as(const Decode& d) {
   switch (Groups(static_cast<int>(d.m)).size) {
-    case 1: return Pass<T, TA, PW, PA, 1>(d).run();
-    case 2: return Pass<T, TA, PW, PA, 2>(d).run();
-    case 3: return Pass<T, TA, PW, PA, 3>(d).run();
-    case 4: return Pass<T, TA, PW, PA, 4>(d).run();
-    case 5: return Pass<T, TA, PW, PA, kGroup < 5 ? 1 : 5>(d).run();
-    default: return Pass<T, TA, PW, PA, kGroup < 6 ? 1 : 6>(d).run();
+    case 1: return Call<T, TA, PW, PA, 1>(d).run();
+    case 2: return Call<T, TA, PW, PA, 2>(d).run();
+    case 3: return Call<T, TA, PW, PA, 3>(d).run();
+    case 4: return Call<T, TA, PW, PA, 4>(d).run();
+    case 5: return Call<T, TA, PW, PA, kGroup < 5 ? 1 : 5>(d).run();
+    default: return Call<T, TA, PW, PA, kGroup < 6 ? 1 : 6>(d).run();
   }
 }
 
