@@ -117,13 +117,8 @@ def train(trainer: Trainer, stage: Stage, seed: int, console: Console) -> dict[s
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.close()
-    write_json(stage.dir / HISTORY, [_finite(log) for log in trainer.state.log_history])
+    write_json(stage.dir / HISTORY, trainer.state.log_history)
     return {"train_seconds": marker.seconds, "steps": trainer.state.global_step}
-
-
-def _finite(log: dict[str, Any]) -> dict[str, Any]:
-    """Without the NaN of a step that went astray, which JSON cannot hold."""
-    return {k: v for k, v in log.items() if not isinstance(v, float) or math.isfinite(v)}
 
 
 def require_finite(stage: Stage, values: dict[str, float | None]) -> None:
