@@ -27,6 +27,7 @@ WARNINGS = "-Wall -Wextra"
 CXXFLAGS = f"-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden {WARNINGS}"
 NVCCFLAGS = "-std=c++17 -O3 -cudart static -Xptxas -warn-spills"
 RULES = """\
+builddir = {objects}
 rule cxx
   command = {cxx} {cxxflags} {include} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
@@ -153,6 +154,7 @@ class NinjaBuild(build_ext):
         host = "-fPIC,-fvisibility=hidden," + WARNINGS.replace(" ", ",")
         lines = [
             RULES.format(
+                objects=objects,
                 cxx=cxx,
                 cxxflags=f"{CXXFLAGS} {os.environ.get('CXXFLAGS', '')}",
                 include=include,

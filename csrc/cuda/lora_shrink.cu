@@ -111,10 +111,12 @@ void lora_shrink(const void* x, const void* a, void* s, int64_t m, int64_t k, in
         "adapter_dtype: expected x's or fp32 (0), got ", adapter_dtype, " beside ", dtype);
   if (m == 0 || r == 0) return;
   const bool same = adapter_dtype == dtype;
-  const auto run = dtype == kFloat32    ? dispatch<float, float>
-                   : dtype == kBFloat16 ? (same ? dispatch<__nv_bfloat16, __nv_bfloat16>
-                                                : dispatch<__nv_bfloat16, float>)
-                                        : (same ? dispatch<__half, __half> : dispatch<__half, float>);
+  auto run = dispatch<float, float>;
+  if (dtype == kBFloat16) {
+    run = same ? dispatch<__nv_bfloat16, __nv_bfloat16> : dispatch<__nv_bfloat16, float>;
+  } else if (dtype == kFloat16) {
+    run = same ? dispatch<__half, __half> : dispatch<__half, float>;
+  }
   run(x, a, s, m, k, r, sx, sa, ss, stream);
 }
 

@@ -1,6 +1,6 @@
 // The scheduler behind simt.h: fibers, barriers, warp exchanges. Compiled without sanitizers: what
 // passes here orders nothing for ThreadSanitizer but what is declared to it.
-#include "simt/simt.h"
+#include "cuda/launch.h"
 
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -83,8 +83,8 @@ std::string place(const Site& site) {
          std::to_string(site.line);
 }
 std::string doing(const Fiber& fiber) {
-  const std::string what = fiber.state == State::done ? "has exited" : "waits in " + place(fiber.site);
-  return "thread " + place(fiber.index) + " " + what;
+  const std::string who = "thread " + place(fiber.index);
+  return who + (fiber.state == State::done ? " has exited" : " waits in " + place(fiber.site));
 }
 
 void say_where() {  // a sanitizer found something, and does not know where on the grid
@@ -217,12 +217,12 @@ extern "C" void __ubsan_on_report() { simt::say_where(); }
 
 namespace simt {
 
-void launch(const char* kernel, dim3 grid, dim3 threads, std::size_t shared_bytes,
+void launch(const std::string& kernel, dim3 grid, dim3 threads, std::size_t shared_bytes,
             const std::function<void()>& body) {
   const std::size_t count = std::size_t{threads.x} * threads.y * threads.z;
   if (!count || count > 1024 || threads.z > 64 || !grid.x || !grid.y || !grid.z ||
       grid.x > 0x7FFFFFFF || grid.y > 65535 || grid.z > 65535 || shared_bytes > kMostShared)
-    throw std::runtime_error(std::string(kernel) + ": invalid configuration argument");
+    throw std::runtime_error(kernel + ": invalid configuration argument");
   if (__sanitizer_set_death_callback) __sanitizer_set_death_callback(say_where);
   if (__tsan_get_current_fiber) host.thread = __tsan_get_current_fiber();
   Block made{};

@@ -1,8 +1,8 @@
-// Runs a .cu file on a CPU, for tests: compiled as C++ with -DFUSEDPEFT_SIMT, a thread of a block is
-// a fiber and the blocks run one after the other. Not for speed.
+// Runs a .cu file on a CPU, for tests: compiled as C++ with -DFUSEDPEFT_SIMT, a thread of a block
+// is a fiber and the blocks run one after the other. Included by cuda/launch.h.
 //
 // What is found, always with kernel, block and thread:
-//   - a barrier or a warp operation that not everyone reaches, or reaches elsewhere: std::logic_error;
+//   - a barrier or a warp operation that not all reach, or reach elsewhere: std::logic_error;
 //   - reads and writes out of bounds, of global and of shared memory: -fsanitize=address;
 //   - misaligned vectors, overflow: -fsanitize=undefined;
 //   - races between the threads of a block, on shared and on global memory: -fsanitize=thread, to
@@ -21,25 +21,26 @@
 #include <functional>
 #include <string>
 
-// --- words of the language ------------------------------------------------------------------------
+// --- words of the language ----------------------------------------------------------------------
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
-// One block runs at a time, so its shared variables are plain statics; in a section of their own they
-// can be filled before each block (and -fsanitize-sections=simt_shared puts redzones around them).
+// One block runs at a time, so its shared variables are plain statics; in a section of their own
+// they can be filled before each block (-fsanitize-sections=simt_shared puts redzones between).
 #define __shared__ static __attribute__((section("simt_shared")))
 
-#define FP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                 \
-  do {                                                                            \
-    (void)(stream);                                                               \
-    ::simt::launch(#kernel, (grid), (block), (shared_bytes), [&] { (kernel)(__VA_ARGS__); }); \
+#define FP_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                \
+  do {                                                                           \
+    (void)(stream);                                                              \
+    ::simt::launch(::fusedpeft::cuda::kernel_name(#kernel), (grid), (block),     \
+                   (shared_bytes), [&] { (kernel)(__VA_ARGS__); });              \
   } while (0)
 #define FP_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(::simt::dynamic_shared())
 
-// --- types ----------------------------------------------------------------------------------------
+// --- types --------------------------------------------------------------------------------------
 struct uint3 {
   unsigned x, y, z;
 };
@@ -107,7 +108,7 @@ inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16(x), __float2bfloat16(y)};
 }
 
-// --- the running thread ---------------------------------------------------------------------------
+// --- the running thread -------------------------------------------------------------------------
 inline uint3 threadIdx, blockIdx;  // set when a fiber is entered
 inline dim3 blockDim, gridDim;
 
@@ -121,7 +122,7 @@ struct Site {  // where a collective was called
 
 // Runs `body` once for each thread. std::runtime_error for a size that CUDA refuses, as a failed
 // launch; std::logic_error for a barrier or a warp operation used wrongly.
-void launch(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
+void launch(const std::string& kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
             const std::function<void()>& body);
 // This block's dynamic shared memory: exactly as many bytes as the launch asked for.
 void* dynamic_shared();
@@ -152,7 +153,7 @@ inline int lane() {
 
 }  // namespace simt
 
-// --- collectives, with the caller's line ----------------------------------------------------------
+// --- collectives, with the caller's line --------------------------------------------------------
 #define SIMT_SITE(name) \
   ::simt::Site { name, file, line }
 #define SIMT_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -192,7 +193,7 @@ inline unsigned __ballot_sync(unsigned mask, bool v, SIMT_HERE) {
   return votes;
 }
 
-// --- memory and arithmetic ------------------------------------------------------------------------
+// --- memory and arithmetic ----------------------------------------------------------------------
 template <class T>
 T __ldg(const T* p) {
   return *p;

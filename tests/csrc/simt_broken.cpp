@@ -1,5 +1,5 @@
-// Kernels that are wrong, one fault each, where a GPU would be silent; and some that are right. argv
-// names one; what must come of it is in test_simt_faults.py.
+// Kernels that are wrong, one fault each, where a GPU would be silent; and some that are right.
+// argv names one; what must come of it is in test_simt_faults.py.
 #include <cstdio>
 #include <cstring>
 #include <memory>

@@ -1,4 +1,4 @@
-// lora_shrink.cu on a CPU against sums in fp64. Prints one line a case; exits with 1 where one is off.
+// lora_shrink.cu on a CPU against sums in fp64. Prints a line a case; exits with 1 where one is off.
 #include <cmath>
 #include <cstdio>
 #include <memory>
@@ -20,7 +20,7 @@ template <>
 __nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
 
 struct Case {
-  int64_t m, k, r, pad_x, pad_a, skip;  // row strides are k + pad; the data starts `skip` elements in
+  int64_t m, k, r, pad_x, pad_a, skip;  // row strides are k + pad; data starts `skip` elements in
 };
 
 // Exactly as many elements as the kernel may touch, on the heap, so that one more is an error.
@@ -64,8 +64,8 @@ bool run(const char* name, int dtype, int adapter_dtype, const Case& c) {
     ok &= error <= bound;  // false for NaN
     if (bound > 0.0) worst = std::fmax(worst, error / bound);
   }
-  std::printf("%s m=%d k=%d r=%d sx=%d skip=%d: worst %.3f of the bound%s\n", name, int(c.m), int(c.k),
-              int(c.r), int(sx), int(c.skip), worst, ok ? "" : " WRONG");
+  std::printf("%s m=%d k=%d r=%d sx=%d skip=%d: worst %.3f of the bound%s\n", name, int(c.m),
+              int(c.k), int(c.r), int(sx), int(c.skip), worst, ok ? "" : " WRONG");
   return ok;
 }
 

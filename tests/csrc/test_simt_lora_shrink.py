@@ -1,5 +1,5 @@
-"""csrc/cuda/lora_shrink.cu on a CPU: right for ragged shapes, in bounds, without races; and the same
-program says so when the kernel is changed for the worse."""
+"""csrc/cuda/lora_shrink.cu on a CPU: right for ragged shapes, in bounds, without races; and the
+same program says so when the kernel is changed for the worse."""
 
 import re
 from pathlib import Path

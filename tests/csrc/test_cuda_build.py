@@ -1,0 +1,142 @@
+"""The CUDA half as nvcc made it: every architecture, no spills, errors with the kernel's name. And
+what FUSEDPEFT_CUDA and FUSEDPEFT_CUDA_ARCHS refuse."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedpeft.ops.native import native
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {"lora_shrink_kernel": 15}  # name: instances
+INFO = native.build_info() if native is not None else {"cuda": False}
+needs_cuda_half = pytest.mark.skipif(
+    not INFO["cuda"], reason="fusedpeft._C was built without its CUDA half: no nvcc, or 0 asked for"
+)
+
+
+@pytest.fixture(scope="module")
+def cuobjdump() -> str:
+    """From the CUDA toolkit or from triton; skips where neither brings it."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None:
+        tool = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(tool) if tool.is_file() else None
+    return found or pytest.skip("no cuobjdump in PATH or in triton")
+
+
+def dump(tool: str, *options: str) -> str:
+    command = [tool, *options, native.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@needs_cuda_half
+def test_every_architecture_is_there_and_nothing_spills(cuobjdump):
+    archs, ptx = INFO["cuda_archs"].split("+")
+    assert ptx == "PTX"
+    seen: dict[str, dict[str, int]] = {}
+    arch = ""
+    usage = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+    name = ""
+    for line in dump(cuobjdump, "--dump-resource-usage").splitlines():
+        if found := re.match(r"arch = sm_(\w+)", line):
+            arch = found[1]
+        elif found := re.match(r"\s*Function (\S+):", line):
+            name = found[1]
+        elif found := usage.search(line):
+            registers, stack, shared, local = map(int, found.groups())
+            assert (stack, local) == (0, 0), f"{name} spills on sm_{arch}: {line}"
+            assert registers <= 128 and shared <= 48 << 10, f"{name} on sm_{arch}: {line}"
+            (kernel,) = (k for k in KERNELS if k in name)
+            counts = seen.setdefault(arch, dict.fromkeys(KERNELS, 0))
+            counts[kernel] += 1
+    assert seen == dict.fromkeys(archs.split(";"), KERNELS)
+    last = archs.split(";")[-1].rstrip("af")
+    assert re.search(rf"\.sm_{last}\.ptx", dump(cuobjdump, "--list-ptx"))
+
+
+@needs_cuda_half
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would succeed")
+def test_a_failed_launch_names_its_kernel():
+    x = torch.zeros(4, 64)
+    with pytest.raises(RuntimeError, match="^lora_shrink_kernel: "):
+        native.lora_shrink_cuda(
+            x.data_ptr(), x.data_ptr(), x.data_ptr(), 4, 64, 4, 64, 64, 4, 0, 0, 0
+        )
+
+
+@needs_cuda_half
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"x": 0}, r"^x: expected an address, got null for \[4, 64\]$"),
+        ({"m": -1}, r"^x: expected sizes >= 0, got \[-1, 64\]$"),
+        ({"m": 262141}, "^m: expected 0 <= m <= 262140, got 262141$"),
+        ({"sa": -64}, "^a: expected a row stride >= 0, got -64$"),
+        ({"dtype": 3}, "^dtype: expected a code 0..2, got 3$"),
+        ({"adapter_dtype": 1}, r"^adapter_dtype: expected x's or fp32 \(0\), got 1 beside 0$"),
+    ],
+)
+def test_bad_input_is_refused_before_the_launch(changed, message):
+    x = torch.zeros(4, 64)
+    call = dict(x=x.data_ptr(), a=x.data_ptr(), s=x.data_ptr(), m=4, k=64, r=4, sx=64, sa=64)
+    call |= dict(ss=4, dtype=0, adapter_dtype=0, stream=0) | changed
+    with pytest.raises(ValueError, match=message):
+        native.lora_shrink_cuda(*call.values())
+
+
+@needs_cuda_half
+def test_nothing_to_do_launches_nothing():
+    a = torch.zeros(4, 64)  # m = 0; a launch would throw without a GPU
+    native.lora_shrink_cuda(0, a.data_ptr(), 0, 0, 64, 4, 64, 64, 4, 0, 0, 0)
+
+
+def test_links_no_runtime_that_must_match_torchs():
+    if native is None or shutil.which("readelf") is None:
+        pytest.skip("needs a built extension and readelf")
+    done = subprocess.run(["readelf", "-d", native.__file__], capture_output=True, text=True)
+    needed = set(re.findall(r"NEEDED.*\[(\S+?)\.so", done.stdout))
+    assert needed and not {n for n in needed if re.match("libgomp|libcuda|libtorch|libc10", n)}
+
+
+@pytest.mark.parametrize(
+    "env, message",
+    [
+        ({"FUSEDPEFT_CUDA": "1", "NVCC": "no-such-nvcc"}, "FUSEDPEFT_CUDA=1: found no nvcc; put"),
+        ({"FUSEDPEFT_CUDA": "yes"}, "FUSEDPEFT_CUDA: expected auto, 0 or 1, got 'yes'"),
+        ({"CXX": "no-such-compiler"}, "expected a C++ compiler, found no 'no-such-compiler'"),
+        (
+            {"FUSEDPEFT_CUDA_ARCHS": "80;sm_90"},
+            "FUSEDPEFT_CUDA_ARCHS: expected a list as 80;86;89;90a, got 'sm_90'",
+        ),
+    ],
+)
+def test_the_build_stops_with_one_line(tmp_path, env, message):
+    if "FUSEDPEFT_CUDA_ARCHS" in env and shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc: without it no architecture is read")
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for name in ("pyext", "kernels", "bench"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext"],
+        cwd=tmp_path,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"fusedpeft: {message}")
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("build/**/*.o"))
