@@ -56,6 +56,7 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
         return dropout_ref(x, p, seed)
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.dropout(
         x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], x.stride(0), out.stride(0),
         p, int(seed), DTYPE_CODES[x.dtype],

@@ -17,6 +17,7 @@ from fusedpeft.ops.native import DTYPE_CODES, native
 
 MAX_DECODE_TOKENS = 16  # rows that the C++ kernel takes; beyond, the GEMM of ATen is ahead
 _IMPLS = ("native", "aten", "triton")
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lora_linear_ref(
@@ -98,18 +99,26 @@ def _native_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
         native is not None
         and x.dtype in DTYPE_CODES
         and (a.dtype == x.dtype or a.dtype == torch.float32)
-        and x.stride(1) == w.stride(1) == a.stride(1) == b.stride(1) == 1
+        and (x.is_contiguous() or (x.ndim == 2 and x.stride()[1] == 1))
+        and w.stride()[1] == a.stride()[1] == b.stride()[1] == 1
     )
 
 
 def _native_fwd(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias, scale: float) -> Tensor:
-    (m, k), n = x.shape, w.shape[0]
-    y = torch.empty((m, n), dtype=x.dtype)
+    """x [M, K], or contiguous [*, K] with K > 0: flattening costs as much as the call."""
+    n, r = b.shape
+    if x.ndim == 2:
+        (m, k), sx = x.shape, x.stride()[0]
+        y = x.new_empty(m, n)
+    else:
+        k = sx = w.shape[1]
+        m, y = x.numel() // k, x.new_empty(*x.shape[:-1], n)
+    bias = None if bias is None else bias.contiguous()  # named: it must outlive the call
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.lora_decode(
         x.data_ptr(), w.data_ptr(), a.data_ptr(), b.data_ptr(),
-        0 if bias is None else bias.contiguous().data_ptr(), y.data_ptr(),
-        m, k, n, a.shape[0],
-        x.stride(0), w.stride(0), a.stride(0), b.stride(0), n,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        m, k, n, r, sx, w.stride()[0], a.stride()[0], b.stride()[0], n,
         scale, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
     )  # fmt: skip
     return y
@@ -231,14 +240,45 @@ class _LoraLinear(torch.autograd.Function):
         return _gradients(ctx, dy, _backward)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def _is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
     """True in eager mode on ordinary tensors; compilers and subclasses need the dispatcher."""
-    if torch.compiler.is_compiling():
-        return False
-    return all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return (
+        type(x) in _PLAIN
+        and type(w) in _PLAIN
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and not torch.compiler.is_compiling()
+    )
 
 
 # --- public -------------------------------------------------------------------------------------
+
+
+def _is_sound(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_check` would pass CPU tensors, in 1 us instead of 3: each decoded token asks it.
+
+    False may also mean that it takes the long list to know.
+    """
+    try:
+        (n, k), (r, ak), (bn, br) = w.shape, a.shape, b.shape
+    except ValueError:
+        return False
+    return (
+        x.ndim > 0
+        and x.shape[-1] == k == ak
+        and bn == n
+        and br == r > 0
+        and x.dtype in DTYPE_CODES
+        and x.dtype == w.dtype
+        and a.dtype in DTYPE_CODES
+        and a.dtype == b.dtype
+        and (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
+        and (
+            bias is None
+            or (type(bias) in _PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
+            and bias.is_cpu
+        )
+    )
 
 
 def _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
@@ -324,24 +364,33 @@ def lora_linear(
     Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
     ValueError with the expected and the given value before anything is launched.
     """
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
         bias = None if bias is None else bias.to(dtype)
-    _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
+    plain = _is_plain(x, w, a, b)
+    usual = plain and impl is None and magnitude is None and dropout_p == 0.0
+    sound = usual and _is_sound(x, w, a, b, bias)
+    if not sound:
+        _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
     if magnitude is not None:
         y = lora_linear(x, w, a, b, scale, dropout_p=dropout_p, seed=seed, impl=impl)
         y = (y * _dora_factor(w, a, b, scale, magnitude)).to(x.dtype)
         return y if bias is None else y + bias
 
+    needs_grad = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, w, a, b, bias) if t is not None
+    )
+    if sound and not needs_grad and (k := w.shape[1]) > 0 and _native_ok(x, w, a, b):
+        if choose_impl("cpu", x.numel() // k, False)[0] == "native":
+            return _native_fwd(x, w, a, b, bias, float(scale))
+
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    tensors = (x2, w, a, b) if bias is None else (x2, w, a, b, bias)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if impl == "native":
         _check_native(x2, w, a, b, needs_grad, dropout_p)
     args = (x2, w, a, b, bias, seed, float(scale), float(dropout_p), impl or "")
-    plain = _is_plain(x2, w, a, b)
     if needs_grad:
         y = _LoraLinear.apply(*args) if plain else torch.ops.fusedpeft.lora_linear(*args)[0]
     else:
