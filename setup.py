@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from typing import NoReturn
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -29,12 +31,12 @@ NVCCFLAGS = "-std=c++17 -O3 -cudart static -Xptxas -warn-spills"
 RULES = """\
 builddir = {objects}
 rule cxx
-  command = {cxx} {cxxflags} {include} -MMD -MF $out.d -c $in -o $out
+  command = {cxx} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = C++ $in
 rule cuda
-  command = {nvcc} {nvccflags} {include} -MMD -MF $out.d -c $in -o $out
+  command = {cuda} -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = CUDA $in
@@ -44,7 +46,7 @@ rule link
 """
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """Stops the build with one line: pip and setup.py print it without a traceback."""
     raise SystemExit(f"fusedpeft: {message}")
 
@@ -80,8 +82,8 @@ def find_nvcc() -> tuple[str, str] | None:
     return path, version[1]
 
 
-def cuda_choice() -> tuple[str, str] | None:
-    """nvcc where the CUDA half is to be built, as FUSEDPEFT_CUDA says; prints what it chose."""
+def cuda_choice() -> tuple[str, str, list[str]] | None:
+    """(nvcc, version, architectures) as FUSEDPEFT_CUDA says, or None; prints what it chose."""
     wish = os.environ.get("FUSEDPEFT_CUDA") or "auto"
     if wish not in ("auto", "0", "1"):
         fail(f"FUSEDPEFT_CUDA: expected auto, 0 or 1, got {wish!r}")
@@ -91,17 +93,21 @@ def cuda_choice() -> tuple[str, str] | None:
     if nvcc is None:
         why = "FUSEDPEFT_CUDA=0" if wish == "0" else "found no nvcc"
         print(f"fusedpeft: CPU half only ({why})", flush=True)
-    return nvcc
-
-
-def gencode(archs: list[str]) -> list[str]:
-    """nvcc's flags: machine code of each architecture, and PTX of the last for later ones."""
+        return None
+    archs = re.split(r"[;,\s]+", os.environ.get("FUSEDPEFT_CUDA_ARCHS") or DEFAULT_ARCHS)
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
             fail(f"FUSEDPEFT_CUDA_ARCHS: expected a list as {DEFAULT_ARCHS}, got {arch!r}")
+    path, version = nvcc
+    print(f"fusedpeft: CPU and CUDA halves ({path} {version}, {';'.join(archs)} + PTX)", flush=True)
+    return path, version, archs
+
+
+def gencode(archs: list[str]) -> str:
+    """nvcc's flags: machine code of each architecture, and PTX of the last for later ones."""
     last = archs[-1].rstrip("af")
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return [*flags, f"-gencode=arch=compute_{last},code=compute_{last}"]
+    pairs = [(a, f"sm_{a}") for a in archs] + [(last, f"compute_{last}")]
+    return " ".join(f"-gencode=arch=compute_{a},code={code}" for a, code in pairs)
 
 
 def find_ninja() -> str:
@@ -127,6 +133,11 @@ def info_header(compiler: str, nvcc: str | None, archs: str | None) -> str:
     )
 
 
+def write_if_changed(path: Path, content: str) -> None:
+    if not path.is_file() or path.read_text() != content:
+        path.write_text(content)
+
+
 class NinjaBuild(build_ext):
     """Objects in parallel, each again only when its sources, headers or flags changed."""
 
@@ -134,51 +145,42 @@ class NinjaBuild(build_ext):
         import pybind11
 
         cxx, compiler = find_cxx()
-        nvcc = cuda_choice()
-        archs = re.split(r"[;,\s]+", (os.environ.get("FUSEDPEFT_CUDA_ARCHS") or DEFAULT_ARCHS))
-        archs = [a for a in archs if a] if nvcc else []
+        cuda = cuda_choice()
         # A place of its own: pip's temporary folders would build everything again each time.
         objects = Path("build", "_C" + sysconfig.get_config_var("EXT_SUFFIX").removesuffix(".so"))
         objects.mkdir(parents=True, exist_ok=True)
-        header = objects / "build_info.h"
-        content = info_header(
-            compiler, nvcc[1] if nvcc else None, f"{';'.join(archs)}+PTX" if nvcc else None
-        )
-        if not header.is_file() or header.read_text() != content:
-            header.write_text(content)
-        if nvcc:
-            print(f"fusedpeft: CPU and CUDA halves ({nvcc[0]} {nvcc[1]}, {';'.join(archs)}+PTX)")
+        nvcc, version, archs = cuda or (None, None, None)
+        listed = f"{';'.join(archs)}+PTX" if archs else None
+        write_if_changed(objects / "build_info.h", info_header(compiler, version, listed))
 
-        paths = [pybind11.get_include(), sysconfig.get_path("include")]
-        include = " ".join(["-Icsrc", f"-I{objects}", *(f"-isystem {p}" for p in paths)])
-        host = "-fPIC,-fvisibility=hidden," + WARNINGS.replace(" ", ",")
+        places = [shlex.quote(p) for p in (pybind11.get_include(), sysconfig.get_path("include"))]
+        include = " ".join(["-Icsrc", f"-I{objects}", *(f"-isystem {p}" for p in places)])
+        compile_cuda, link = "false", cxx
+        if cuda:
+            host = "-fPIC,-fvisibility=hidden," + WARNINGS.replace(" ", ",")
+            compile_cuda = f"{nvcc} -ccbin {cxx} {NVCCFLAGS} -Xcompiler={host} {gencode(archs)}"
+            # nvcc as the linker knows where its own static runtime lies.
+            link = f"{nvcc} -ccbin {cxx} -cudart static"
         lines = [
             RULES.format(
                 objects=objects,
-                cxx=cxx,
-                cxxflags=f"{CXXFLAGS} {os.environ.get('CXXFLAGS', '')}",
-                include=include,
-                nvcc=f"{nvcc[0]} -ccbin {cxx}" if nvcc else "false",
-                nvccflags=" ".join([NVCCFLAGS, f"-Xcompiler={host}", *gencode(archs)])
-                if nvcc
-                else "",
-                # nvcc as the linker knows where its own static runtime lies.
-                link=f"{nvcc[0]} -ccbin {cxx} -cudart static" if nvcc else cxx,
+                cxx=f"{cxx} {CXXFLAGS} {os.environ.get('CXXFLAGS', '')} {include}",
+                cuda=f"{compile_cuda} {include}",
+                link=link,
             )
         ]
+        rules = {".cpp": "cxx", ".cu": "cuda"} if cuda else {".cpp": "cxx"}
         made = []
-        for source in ext.sources:
-            if source.endswith(".cu") and not nvcc:
-                continue
-            made.append(str(objects / (source.replace("/", "_") + ".o")))
-            lines.append(
-                f"build {made[-1]}: {'cuda' if source.endswith('.cu') else 'cxx'} {source}"
-            )
+        for source in map(Path, ext.sources):
+            if source.suffix in rules:
+                made.append(f"{objects / '_'.join(source.parts)}.o")
+                lines.append(f"build {made[-1]}: {rules[source.suffix]} {source}")
         out = Path(self.get_ext_fullpath(ext.name))
         out.parent.mkdir(parents=True, exist_ok=True)
         linked = objects / out.name
         lines.append(f"build {linked}: link {' '.join(made)}\n")
         (objects / "build.ninja").write_text("\n".join(lines))
+
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         done = subprocess.run([find_ninja(), "-f", str(objects / "build.ninja"), *jobs])
         if done.returncode:

@@ -68,7 +68,7 @@ step() {
   return "$code"
 }
 skip() { SUMMARY+=("$1: skipped ($2)"); }
-importable() { (cd "$WORK" && "$PYTHON" -c 'import fusedpeft.kernels, fusedpeft.bench, fusedpeft._C' 2>/dev/null); }
+importable() { (cd "$WORK" && "$PYTHON" -c 'import torch, fusedpeft.kernels, fusedpeft.bench, fusedpeft._C' 2>/dev/null); }
 
 # Without a writable site: the extension beside the sources, and a tree of links as the package.
 in_place() {

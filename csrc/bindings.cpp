@@ -7,7 +7,7 @@
 #include "checks.h"
 #include "cpu/cpu.h"
 #if FUSEDPEFT_CUDA
-#include "cuda/launchers.h"
+#include "cuda/lora_shrink.h"
 #endif
 
 namespace py = pybind11;

@@ -17,7 +17,7 @@ inline std::string kernel_name(const std::string& text) {
 }  // namespace fusedpeft::cuda
 
 #ifdef FUSEDPEFT_SIMT
-#include "simt/simt.h"
+#include <simt/simt.h>  // in <>, as bench/sources.py hashes what a GPU runs, and this is not
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -5,9 +5,10 @@
 // in flight at once; a warp reduces by shuffles, the block through shared memory. At one token each
 // block reads one row of A: R blocks. At more, 4 x 4 tiles read x ceil(R/4) and A ceil(M/4) times,
 // out of L2. Bytes from memory: (M + R) K in their dtypes and 4 M R; 2 M R K flops.
+#include "cuda/lora_shrink.h"
+
 #include "checks.h"
 #include "cuda/device.h"
-#include "cuda/launchers.h"
 
 namespace fusedpeft::cuda {
 namespace {

@@ -1,8 +1,8 @@
-// The CUDA half of fusedpeft._C: plain pointers into GPU memory, sizes and a stream (cudaStream_t
+// LoRA's way down for a few tokens: plain pointers into GPU memory, sizes and a stream (cudaStream_t
 // as void*); no Python, no torch, no CUDA header.
 //
 // Matrices are row-major with unit inner stride; s* is the distance between rows, in elements.
-// Nothing here allocates or waits for the GPU, so that every call can be captured in a graph.
+// Neither allocates nor waits for the GPU, so that it can be captured in a graph. Throws
 // std::invalid_argument for sizes or dtype codes; std::runtime_error, with the kernel's name, where
 // the launch failed.
 #pragma once
