@@ -33,11 +33,26 @@ typedef uint32_t UnalignedU __attribute__((vector_size(4 * kWidth), aligned(2), 
 // --- vectors ------------------------------------------------------------------------------------
 
 FUSEDPEFT_INLINE float sum(F v) {
-  float lanes[kWidth];
-  __builtin_memcpy(lanes, &v, sizeof v);
-  for (int width = kWidth / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  U lane;
+  for (int i = 0; i < kWidth; ++i) lane[i] = static_cast<uint32_t>(i);
+#pragma GCC unroll 4
+  for (uint32_t half = kWidth / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
+  return v[0];
+}
+
+// A few bytes, an even number. The barriers: else the compiler calls memcpy, which takes longer.
+FUSEDPEFT_INLINE void copy(void* to, const void* from, int64_t bytes) {
+  auto* t = static_cast<char*>(to);
+  auto* f = static_cast<const char*>(from);
+  asm("" : "+r"(t));
+  for (; bytes >= 16; bytes -= 16, t += 16, f += 16) {
+    __builtin_memcpy(t, f, 16);
+    asm("" : "+r"(f));
+  }
+  for (; bytes > 0; bytes -= 2, t += 2, f += 2) {
+    __builtin_memcpy(t, f, 2);
+    asm("" : "+r"(f));
+  }
 }
 
 // How products with elements of T are done. A block is kBlock elements of a row, in the order that
@@ -143,7 +158,7 @@ __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element
   if (at < k) {  // x is padded with zeros; what lies beyond a row of w is not ours to read
     typename P::Element edge[NR][P::kBlock] = {};
     for (int n = 0; n < NR; ++n)
-      for (int64_t i = at; i < k; ++i) edge[n][i - at] = w[n * sw + i];
+      copy(edge[n], w + n * sw + at, (k - at) * static_cast<int64_t>(sizeof *w));
     dot_block<P>(sums, edge[0], P::kBlock, x + at, sx);
   }
 
@@ -180,7 +195,7 @@ struct Tokens {
       for (; i + P::kBlock <= end; i += P::kBlock) P::pack(from + i, to + i);
       if (i == end) return;
       T edge[P::kBlock] = {};
-      for (int64_t j = i; j < end; ++j) edge[j - i] = from[j];
+      copy(edge, from + i, (end - i) * static_cast<int64_t>(sizeof(T)));
       P::pack(edge, to + i);
     } else {
       for (; i < end; ++i) to[i] = to_float(from[i]);
