@@ -1,13 +1,14 @@
 """Compile every Triton configuration that the heuristics can choose, without a GPU, and judge it.
 
-    python -m fusedpeft.bench.aot [--arch sm_90 ...] [--json FILE] [--check]
+    python -m fusedpeft.bench.aot [--op lora ...] [--arch sm_90 ...] [--json FILE] [--check]
 
-A row: kernel, arch, configuration, registers a thread, spills (stack bytes on NVIDIA, vector
+A row: op, kernel, arch, configuration, registers a thread, spills (stack bytes on NVIDIA, vector
 registers and scratch bytes on AMD), shared memory, blocks that fit on one SM or CU, and whether the
 tensor cores of Hopper are used (`wgmma` in the PTX). --check exits with 1 on a spill, on more
-shared memory than the chip has, or on a 16-bit GEMM of at least 64 rows without wgmma on sm_90.
-bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple of 16 and ranks that are not ("any
-rank"); other sizes divisible by 16 and unit inner strides, as models have.
+shared memory than the chip has, or on a 16-bit product of at least 64 rows that should use wgmma
+(`Spec.wgmma`) and does not on sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple
+of 16 and ranks that are not ("any rank"); other sizes divisible by 16 and unit inner strides, as
+models have. The committed tables are bench/results/aot/OP.json.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from pathlib import Path
 
 import triton
 
-from fusedpeft.kernels.aot import SHARED_LIMIT, measure
-from fusedpeft.kernels.lora_tables import ARCHS, lora_configs
+from fusedpeft.kernels.aot import OPS, SHARED_LIMIT, configs, measure, specs
+from fusedpeft.kernels.device import ARCHS
 
 
 def problems(row: dict) -> list[str]:
@@ -33,8 +34,8 @@ def problems(row: dict) -> list[str]:
         found.append(f"{row['spills']} spilled")
     if row["shared_bytes"] > SHARED_LIMIT[row["arch"]]:
         found.append(f"{row['shared_bytes']} > {SHARED_LIMIT[row['arch']]} shared bytes")
-    big_gemm = row["kernel"].startswith("gemm") and row["config"]["BLOCK_M"] >= 64
-    if row["arch"] == "sm_90" and row["elem_bytes"] == 2 and big_gemm and not row["wgmma"]:
+    expected = specs(row["op"])[row["kernel"]].wgmma and row["config"]["BLOCK_M"] >= 64
+    if row["arch"] == "sm_90" and row["elem_bytes"] == 2 and expected and not row["wgmma"]:
         found.append("no wgmma")
     if row["blocks_per_sm"] < 1:
         found.append("does not fit an SM")
@@ -43,18 +44,23 @@ def problems(row: dict) -> list[str]:
 
 def markdown(rows: list[dict]) -> str:
     """The table that people read."""
-    head = "kernel | arch | dtype | flags | config | regs | spills | shared KiB | blocks/SM | wgmma"
+    head = "op | kernel | arch | dtype | flags | config | regs | spills | shared KiB | blocks/SM"
+    head += " | wgmma"
     lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
     for r in rows:
-        on = {**r["flags"], "hold": r["config"].get("HOLD"), "any rank": not r["wide_rank"]}
+        on = {
+            **r["flags"],
+            "hold": r["config"].get("HOLD"),
+            "any rank": not r.get("wide_rank", True),
+        }
         flags = " ".join(k.lower() for k, v in on.items() if v) or "-"
         sizes = {k: v for k, v in r["config"].items() if k.startswith("BLOCK")}
         config = " ".join(f"{k.removeprefix('BLOCK_')}{v}" for k, v in sizes.items())
         config += f" w{r['config']['num_warps']} s{r['config']['num_stages']}"
         dtype = "bf16" if r["elem_bytes"] == 2 else "fp32"
-        dtype += "+fp32" if r["elem_bytes"] < r["adapter_bytes"] else ""
+        dtype += "+fp32" if r["elem_bytes"] < r.get("adapter_bytes", 0) else ""
         cells = (
-            *(r["kernel"], r["arch"], dtype, flags, config, r["registers"], r["spills"]),
+            *(r["op"], r["kernel"], r["arch"], dtype, flags, config, r["registers"], r["spills"]),
             *(f"{r['shared_bytes'] / 1024:.1f}", r["blocks_per_sm"], "yes" if r["wgmma"] else "-"),
         )
         lines.append("| " + " | ".join(str(c) for c in cells) + " |")
@@ -63,6 +69,7 @@ def markdown(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", action="append", choices=OPS, help="default: all")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--check", action="store_true", help="exit with 1 on any problem")
@@ -70,7 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter cannot compile; unset it")
-    jobs = [(arch, row) for arch in args.arch or ARCHS for row in lora_configs(arch)]
+    jobs = [
+        (op, arch, row)
+        for op in args.op or OPS
+        for arch in args.arch or ARCHS
+        for row in configs(op, arch)
+    ]
     spawn = multiprocessing.get_context("spawn")  # LLVM's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         rows = list(pool.map(measure, jobs))
@@ -82,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(f'{{"triton": {version}, "rows": [\n{lines}\n]}}\n')
     bad = [(r, p) for r in rows if (p := problems(r))]
     for r, p in bad:
-        print(f"{r['kernel']} {r['arch']} {r['flags']} {r['config']}: {', '.join(p)}")
+        print(f"{r['op']} {r['kernel']} {r['arch']} {r['flags']} {r['config']}: {', '.join(p)}")
     print(f"{len(rows)} configurations, {len(bad)} with problems", file=sys.stderr)
     return 1 if args.check and bad else 0
 

@@ -1,22 +1,26 @@
-"""Compile a row of `lora_configs` without a GPU and read what the machine code needs.
+"""Compile a configuration of any op without a GPU and read what the machine code needs.
 
-Used by `python -m fusedpeft.bench.aot`. Figures come from cuobjdump, which ships inside triton, and
+Used by `python -m fusedpeft.bench.aot`. An op NAME brings two files: kernels/NAME_tables.py with
+`NAME_configs(arch)`, the rows that its launchers can choose, and kernels/NAME_aot.py with `SPECS`,
+how each of its kernels is compiled. Figures come from cuobjdump, which ships inside triton, and
 from the metadata in AMD's assembly.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedpeft.kernels import lora, lora_bwd, lora_gemm
-
+OPS = ("lora",)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -25,44 +29,66 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes a block
 _SHARED_SM = {"sm_80": 167936, "sm_90": 233472, "gfx942": 65536}  # bytes an SM or CU
 
-# kernel -> (function, the strides that are 1, pointers that are fp32 whatever the inputs); the
-# pointers of _ADAPTER have the adapter's dtype, others the input's.
-_ADAPTER = ("a_ptr", "b_ptr", "s_ptr")
-_KERNELS = {
-    "gemm": (lora_gemm._lora_gemm_kernel, "stride_xk stride_wk stride_ak stride_br", ""),
-    "gemm_dx": (lora_gemm._lora_gemm_kernel, "stride_xk stride_wn stride_ar stride_bn", "s_ptr"),
-    "shrink": (lora._lora_shrink_kernel, "stride_xk stride_ak", ""),
-    "dsdb": (lora_bwd._lora_dsdb_kernel, "stride_dyn stride_br", "t_ptr db_ptr dbias_ptr"),
-    "da": (lora_bwd._lora_da_kernel, "stride_xk", "t_ptr da_ptr"),
-    "sum": (lora_bwd._sum_kernel, "", "part_ptr"),
-}
-_UNALIGNED = ("threshold", "parts")
-_RANK_SIZES = ("R", "stride_sm", "stride_bn")  # arguments that are the rank
 _OPTIONS = ("num_warps", "num_stages")
 
 
-def compile_row(row: dict, arch: str):
-    """The compiled kernel of one row of `lora_configs`."""
-    fn, unit_strides, fp32 = _KERNELS[row["kernel"]]
-    dtypes = {2: "*bf16", 4: "*fp32"}
+@dataclass(frozen=True)
+class Spec:
+    """How one kernel is compiled. Names of arguments stand in one string, separated by spaces.
+
+    unit: strides that are 1. types: argument -> Triton's type, or "adapter" for a pointer to
+    elements of row["adapter_bytes"]; unless said, `*_ptr` points to the input's dtype
+    (row["elem_bytes"]), `*scale` is fp32 and anything else an i32 divisible by 16. ragged: integers
+    that are not. rank: integers that are not where row["wide_rank"] is false. wgmma: a product that
+    must use Hopper's tensor cores from 64 rows on.
+    """
+
+    fn: triton.JITFunction
+    unit: str = ""
+    types: Mapping[str, str] = field(default_factory=dict)
+    ragged: str = ""
+    rank: str = ""
+    wgmma: bool = False
+
+    def type_of(self, name: str, row: dict) -> str:
+        pointers = {2: "*bf16", 4: "*fp32"}
+        kind = self.types.get(name)
+        if kind == "adapter":
+            return pointers[row["adapter_bytes"]]
+        if kind is not None:
+            return kind
+        if name.endswith("_ptr"):
+            return pointers[row["elem_bytes"]]
+        return "fp32" if name.endswith("scale") else "i32"
+
+
+def configs(op: str, arch: str) -> list[dict]:
+    """The rows of `op` on `arch`: {"kernel", "elem_bytes", "flags", "config", …}, each once."""
+    tables = importlib.import_module(f"fusedpeft.kernels.{op}_tables")
+    return getattr(tables, f"{op}_configs")(arch)
+
+
+def specs(op: str) -> dict[str, Spec]:
+    """kernel -> how it is compiled."""
+    return importlib.import_module(f"fusedpeft.kernels.{op}_aot").SPECS
+
+
+def compile_row(op: str, row: dict, arch: str):
+    """The compiled kernel of one row of `configs(op, arch)`."""
+    spec = specs(op)[row["kernel"]]
     constants = {k: v for k, v in row["config"].items() if k not in _OPTIONS} | row["flags"]
-    constants |= dict.fromkeys(unit_strides.split(), 1)
+    constants |= dict.fromkeys(spec.unit.split(), 1)
+    ragged = spec.ragged.split() + ([] if row.get("wide_rank", True) else spec.rank.split())
     signature, attrs = {}, {}
-    for i, name in enumerate(fn.arg_names):
+    for i, name in enumerate(spec.fn.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        if name.endswith("_ptr"):
-            size = row["adapter_bytes"] if name in _ADAPTER else row["elem_bytes"]
-            size = 4 if name in fp32 else size
-            signature[name] = "*i64" if name == "seed_ptr" else dtypes[size]
-        else:
-            signature[name] = "fp32" if name.endswith("scale") else "i32"
-        ragged = name in _UNALIGNED or (name in _RANK_SIZES and not row["wide_rank"])
-        if signature[name] != "fp32" and not ragged:
+        signature[name] = spec.type_of(name, row)
+        if signature[name] != "fp32" and name not in ragged:
             attrs[(i,)] = [["tt.divisibility", 16]]
     options = {k: row["config"][k] for k in _OPTIONS}
-    source = ASTSource(fn, signature, constants, attrs)
+    source = ASTSource(spec.fn, signature, constants, attrs)
     return triton.compile(source, target=TARGETS[arch], options=options)
 
 
@@ -99,10 +125,10 @@ def _blocks_per_sm(arch: str, registers: int, shared: int, warps: int) -> int:
     return min(by_registers, _SHARED_SM[arch] // (shared + 1024), 64 // warps, 32)
 
 
-def measure(job: tuple[str, dict]) -> dict:
-    """Compile one row and read its figures."""
-    arch, row = job
-    kernel = compile_row(row, arch)
+def measure(job: tuple[str, str, dict]) -> dict:
+    """Compile one row (op, arch, row) and read its figures."""
+    op, arch, row = job
+    kernel = compile_row(op, row, arch)
     shared = kernel.metadata.shared
     scalar = 0
     if arch == "gfx942":
@@ -110,6 +136,7 @@ def measure(job: tuple[str, dict]) -> dict:
     else:
         registers, spills = _nvidia_usage(kernel.asm["cubin"])
     return {
+        "op": op,
         "arch": arch,
         **row,
         **{"registers": registers, "spills": spills, "scalar_spills": scalar},

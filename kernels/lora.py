@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora_bwd import lora_bwd
-from fusedpeft.kernels.lora_gemm import lora_gemm, on_device
-from fusedpeft.kernels.lora_tables import arch_of, lora_bwd_config, lora_configs, lora_fwd_config
+from fusedpeft.kernels.lora_gemm import lora_gemm
+from fusedpeft.kernels.lora_tables import lora_bwd_config, lora_configs, lora_fwd_config
 
 __all__ = ["lora_bwd", "lora_bwd_config", "lora_configs", "lora_fwd", "lora_fwd_config"]
 

@@ -5,7 +5,7 @@
 1. `_lora_dsdb_kernel`: T, db and dbias in one pass over dy. A block owns BLOCK_M rows and a part of
    N; T is summed over its columns in registers, db and dbias leave as one partial per row block.
 2. `_lora_da_kernel`: da in one pass over x, one partial per part of M, the mask recomputed.
-3. `_sum_kernel` adds partials in order (no float atomics, so every run gives the same bits).
+3. `ordered_sum` adds partials in order (no float atomics, so every run gives the same bits).
 4. `lora_gemm`: dx, the update masked as x was.
 A trainable base (dw = dyᵀ x) is rare and plain: it is left to torch.matmul.
 
@@ -21,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
-from fusedpeft.kernels.lora_gemm import lora_gemm, on_device
-from fusedpeft.kernels.lora_tables import SUM_CONFIG, arch_of, lora_bwd_config
+from fusedpeft.kernels.lora_gemm import lora_gemm
+from fusedpeft.kernels.lora_tables import lora_bwd_config
+from fusedpeft.kernels.sums import ordered_sum
 
 
 @triton.jit
@@ -113,29 +115,6 @@ def _lora_da_kernel(
     tl.store(da_ptrs, tl.trans(acc), mask=r_ok[:, None] & k_ok[None, :])
 
 
-@triton.jit
-def _sum_kernel(part_ptr, out_ptr, parts, numel, scale, BLOCK: tl.constexpr):
-    """out[i] = scale · Σ_p part[p, i], p ascending."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < numel
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    part_ptrs = part_ptr + at
-    for _ in range(parts):
-        acc += tl.load(part_ptrs, mask=ok, other=0.0)
-        part_ptrs += numel
-    tl.store(out_ptr + at, (acc * scale).to(out_ptr.dtype.element_ty), mask=ok)
-
-
-def _sum(part: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """scale · part.sum(0) in `dtype`, in a fixed order."""
-    out = torch.empty(part.shape[1:], dtype=dtype, device=part.device)
-    if out.numel() > 0:
-        grid = (triton.cdiv(out.numel(), SUM_CONFIG["BLOCK"]),)
-        with on_device(part):
-            _sum_kernel[grid](part, out, part.shape[0], out.numel(), scale, **SUM_CONFIG)
-    return out
-
-
 def _pass_over_dy(dy, b, s, need_t: bool, need_db: bool, need_dbias: bool, config, splits: int):
     """Partials (t [splits,M,R], db [row blocks,N,R], dbias [row blocks,N]) in fp32."""
     (M, N), R = dy.shape, b.shape[1]
@@ -211,13 +190,14 @@ def lora_bwd(
             cfg["dsdb_splits"],
         )  # fmt: skip
         if need_t:
-            t = parts[0][0] if parts[0].shape[0] == 1 else _sum(parts[0], torch.float32, 1.0)
+            t = parts[0][0] if parts[0].shape[0] == 1 else ordered_sum(parts[0], torch.float32, 1.0)
         if need_db:
-            db = _sum(parts[1], b.dtype, scale)
+            db = ordered_sum(parts[1], b.dtype, scale)
         if need_dbias:
-            dbias = _sum(parts[2], dy.dtype, 1.0)
+            dbias = ordered_sum(parts[2], dy.dtype, 1.0)
     if need_da:
-        da = _sum(_pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"]), a.dtype, scale)
+        parts = _pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+        da = ordered_sum(parts, a.dtype, scale)
     if need_dx:
         dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
         lora_gemm(dy, w, b, a, t, dx, scale, cfg["gemm"], dropout_p=dropout_p, seed=seed)

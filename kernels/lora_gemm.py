@@ -16,13 +16,11 @@ FLOPs 2·M·N·(K + R); bytes at least (M·K + N·K + M·N)·elem.
 
 from __future__ import annotations
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.device import on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 
 
@@ -103,11 +101,6 @@ def _lora_gemm_kernel(
         acc += tl.load(bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
-
-
-def on_device(t: Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def lora_gemm(

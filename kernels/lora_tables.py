@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import itertools
 
-import torch
-
-ARCHS = ("sm_80", "sm_90", "gfx942")
-_SMS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}
+from fusedpeft.kernels.device import ARCHS, SMS, SUM_CONFIG
 
 
 def _tile(m: int, n: int, k: int, warps: int, stages: int) -> dict:
@@ -44,21 +41,11 @@ _GEMM = {
 }
 _GEMM_FP32 = _tile(64, 64, 16, 4, 2)  # "ieee" products run on FMA units: a small tile fills them
 MAX_BLOCK_R = 64
-SUM_CONFIG = dict(BLOCK=1024, num_warps=4, num_stages=1)
 
 
 def block_r(rank: int, elem_bytes: int) -> int:
     """Columns of the adapter tile: 16 or 64 (16 in fp32). Higher ranks loop or take more blocks."""
     return 16 if rank <= 16 or elem_bytes == 4 else MAX_BLOCK_R
-
-
-def arch_of(device: torch.device) -> str:
-    """The table that `device` takes. Chips with 99 KiB of shared memory take sm_80's."""
-    if device.type != "cuda":
-        return "sm_80"  # the interpreter
-    if torch.version.hip is not None:
-        return "gfx942"
-    return "sm_90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "sm_80"
 
 
 def gemm_config(
@@ -75,9 +62,9 @@ def gemm_config(
     large_ok = not dropout and not (fuse and arch == "sm_80")
     if M <= 16:
         tile = tiles["rows16"]
-    elif large_ok and -(-M // 128) * -(-N // 256) >= _SMS[arch]:
+    elif large_ok and -(-M // 128) * -(-N // 256) >= SMS[arch]:
         tile = tiles["large"]
-    elif -(-M // 128) * -(-N // 128) >= _SMS[arch]:
+    elif -(-M // 128) * -(-N // 128) >= SMS[arch]:
         tile = tiles["medium"]
     else:
         tile = tiles["small"]
@@ -94,7 +81,7 @@ def _skinny(arch: str, elem_bytes: int) -> dict:
 
 
 def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
-    rows = 64 if -(-M // 64) >= _SMS[arch] // 2 else 16
+    rows = 64 if -(-M // 64) >= SMS[arch] // 2 else 16
     k = 32 if elem_bytes == 4 else 128 if arch != "sm_80" else 64
     cfg = dict(BLOCK_M=rows, BLOCK_K=k, BLOCK_R=block_r(R, elem_bytes))
     cfg |= _skinny(arch, elem_bytes)
@@ -126,10 +113,11 @@ def _dsdb_config(R: int, arch: str, elem_bytes: int) -> dict:
     r = block_r(R, elem_bytes)
     if elem_bytes == 4:
         return dict(BLOCK_M=32, BLOCK_N=32, BLOCK_R=r, num_warps=4, num_stages=2)
-    # dB leaves once per BLOCK_M rows: rows buy traffic. More than these spill.
+    # dB leaves once per BLOCK_M rows: rows buy traffic. More than these spill, on sm_80 with a rank
+    # that cannot be loaded wide even sooner.
     wide = r > 16
     rows, columns, warps = {
-        "sm_80": (128, 32 if wide else 64, 8),
+        "sm_80": (64 if wide and R % 16 else 128, 32 if wide else 64, 8),
         "sm_90": (256, 64, 8),
         "gfx942": (64, 64, 4) if wide else (128, 64, 8),
     }[arch]
@@ -144,7 +132,7 @@ def _da_config(R: int, arch: str, elem_bytes: int) -> dict:
 
 def _splits(blocks: int, length: int, step: int, arch: str) -> int:
     """Parts of a loop over `length`, so that blocks · parts is about two blocks an SM."""
-    return max(1, min(-(-2 * _SMS[arch] // blocks), -(-length // step)))
+    return max(1, min(-(-2 * SMS[arch] // blocks), -(-length // step)))
 
 
 def lora_bwd_config(

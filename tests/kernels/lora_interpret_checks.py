@@ -117,7 +117,7 @@ def test_every_table(arch, few_sms, monkeypatch):
     monkeypatch.setattr(lora, "arch_of", lambda device: arch)
     monkeypatch.setattr(lora_bwd, "arch_of", lambda device: arch)
     if few_sms:
-        monkeypatch.setitem(lora_tables._SMS, arch, 1)
+        monkeypatch.setitem(lora_tables.SMS, arch, 1)
     for shape in ((139, 263, 75, 16), (139, 263, 75, 40)):
         t = make(shape, torch.float16)
         seed = torch.tensor([5])
