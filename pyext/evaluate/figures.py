@@ -67,7 +67,7 @@ def figures(stages: dict[str, Any]) -> Iterable[Figure]:
             percent=True,
         )
     for key, title, percent in (
-        ("ranking_accuracy", "Held-out lists: best answer ranked above", True),
+        ("ranking_accuracy", "Held-out answers: better one ranked above", True),
         ("reward", "Mean reward of its own answers", False),
     ):
         if pro.get(f"{key}_after") is not None:

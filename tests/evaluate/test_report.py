@@ -95,7 +95,7 @@ def test_every_figure_is_there():
         "LoRA of rank 4 on tiny, 13,072 trained parameters",
         "SFT Loss on held-out answers, nats a token 3.214 0.954 ▼ 2.260 better",
         "Reward model Held-out pairs in the right order 51.2 % 91.4 % ▲ 40.2 points better",
-        "PRO Held-out lists: best answer ranked above 81.0 % 58.0 % ▼ 23.0 points worse",
+        "PRO Held-out answers: better one ranked above 81.0 % 58.0 % ▼ 23.0 points worse",
         "PRO Mean reward of its own answers −0.213 0.644 ▲ 0.857 better",
         "Helpful 48.7 % 88.7 %",
         "Safe 54.1 % 95.5 %",
