@@ -92,27 +92,45 @@ import fusedpeft.kernels
 config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=8,
                      num_attention_heads=2, num_key_value_heads=2)
 model = LlamaForCausalLM(config)
-out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+out = model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, min_new_tokens=2,
+                     do_sample=False, pad_token_id=0)
 print(out.shape[1], is_kernels_available(), sys.path[0] == "")
 """
 
 
 @pytest.mark.parametrize("where", ["repository root", "elsewhere"])
 @pytest.mark.parametrize("safe_path", [False, True])
-def test_transformers_is_not_fooled_by_our_folder_kernels(
+def test_transformers_works_beside_our_folder_kernels(
     python, clean_run, tmp_path, where, safe_path
 ):
     """It probes for a distribution of that name, and from the root our folder is found first."""
     cwd = ROOT if where == "repository root" else tmp_path
     env = {"PYTHONSAFEPATH": "1"} if safe_path else {}
     said = clean_run(python, "-c", TRANSFORMERS, cwd=cwd, **env).split()
-    there = clean_run(
-        python,
-        "-c",
-        "import importlib.util; print(importlib.util.find_spec('kernels'))",
-        cwd=tmp_path,
-    )
-    assert said == ["4", str("None" not in there), str(not safe_path)]
+    there = clean_run(python, "-c", FIND, cwd=tmp_path, PYTHONSAFEPATH="1").strip() != "None"
+    assert said == ["4", str(there), str(not safe_path)]
+
+
+FIND = """
+import importlib.util
+spec = importlib.util.find_spec("kernels")
+print(spec and spec.origin)
+"""
+
+
+@pytest.mark.parametrize("where", ["repository root", "elsewhere"])
+def test_a_distribution_named_kernels_is_the_one_imported(python, clean_run, tmp_path, where):
+    """With PYTHONSAFEPATH, as in the Makefile; an install of ours has no such name."""
+    theirs = tmp_path / "site" / "kernels" / "__init__.py"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("")
+    root = where == "repository root"
+    env = {"PYTHONPATH": str(tmp_path / "site")}
+    here = ROOT if root else tmp_path
+    assert clean_run(python, "-c", FIND, cwd=here, PYTHONSAFEPATH="1", **env).strip() == str(theirs)
+    ours = str(ROOT / "kernels" / "__init__.py")
+    found = clean_run(python, "-c", FIND, cwd=here, **env).strip()
+    assert found == (ours if root else str(theirs))  # the trap is there without it
 
 
 def test_no_triton_no_difference_on_a_cpu(python, clean_run, tmp_path):
