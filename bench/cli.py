@@ -62,41 +62,53 @@ def bench(
         _exit(plain.run_ledger, root)
 
 
-@app.command()
-def lora(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
-    full: Annotated[bool, typer.Option("--full", help="Every shape, not a slice.")] = False,
-    case: Annotated[
-        str | None, typer.Option(help="Only cases with these words, e.g. 'decode M4 bf16'.")
-    ] = None,
-    impl: Annotated[
-        list[str] | None, typer.Option(help="Only this contestant (repeatable) and the floor.")
-    ] = None,
-    seconds: Annotated[float, typer.Option(help="Of timed rounds a case.")] = 1.0,
-    budget: Annotated[
-        float | None, typer.Option(help="Start no case after so many seconds.")
-    ] = None,
-    warm: Annotated[bool, typer.Option("--warm", help="Leave the weights in the cache.")] = False,
-    save: Annotated[
-        bool, typer.Option("--save", help="Write to bench/results/<device>/, to be committed.")
-    ] = False,
-) -> None:
-    """ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."""
-    _exit(
-        lambda: main(
-            "lora",
-            device,
-            json,
-            full=full,
-            case=case,
-            impls=impl,
-            seconds=seconds,
-            budget=budget,
-            warm=warm,
-            save=save,
+def _add(op: str, what: str) -> None:
+    """The command `bench OP`; every op takes the same options."""
+
+    def command(
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
+        full: Annotated[bool, typer.Option("--full", help="Every shape, not a slice.")] = False,
+        case: Annotated[
+            str | None, typer.Option(help="Only cases with these words, e.g. 'decode M4 bf16'.")
+        ] = None,
+        impl: Annotated[
+            list[str] | None, typer.Option(help="Only this contestant (repeatable) and the floor.")
+        ] = None,
+        seconds: Annotated[float, typer.Option(help="Of timed rounds a case.")] = 1.0,
+        budget: Annotated[
+            float | None, typer.Option(help="Start no case after so many seconds.")
+        ] = None,
+        warm: Annotated[
+            bool, typer.Option("--warm", help="Leave the weights in the cache.")
+        ] = False,
+        save: Annotated[
+            bool, typer.Option("--save", help="Write to bench/results/<device>/, to be committed.")
+        ] = False,
+    ) -> None:
+        _exit(
+            lambda: main(
+                op,
+                device,
+                json,
+                full=full,
+                case=case,
+                impls=impl,
+                seconds=seconds,
+                budget=budget,
+                warm=warm,
+                save=save,
+            )
         )
-    )
+
+    app.command(op, help=what)(command)
+
+
+for _op, _what in (
+    ("lora", "ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."),
+    ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
+):
+    _add(_op, _what)
 
 
 @app.command(

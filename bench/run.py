@@ -15,7 +15,10 @@ from fusedpeft.bench.harness import run_case
 from fusedpeft.errors import InputError
 
 BUSY = 0.5  # load average of a machine that is not quiet
-OPS = {"lora": "fusedpeft.bench.bench_lora"}
+OPS = {
+    "lora": "fusedpeft.bench.bench_lora",
+    "adapter": "fusedpeft.bench.bench_adapter",
+}
 
 
 def pick_device(name: str) -> torch.device:

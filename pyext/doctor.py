@@ -11,6 +11,7 @@ import platform
 import torch
 
 from fusedpeft import __version__
+from fusedpeft.ops import adapter
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.native import native
 
@@ -73,6 +74,9 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         elif device == "cuda" and not cuda:
             why += "; no CUDA device here"
         found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
+    for device in ("cpu", "cuda"):
+        impl, why = adapter.choose_impl(device)
+        found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
     chunked = "chunks over tokens: the whole logits are never in memory"
     for op in ("linear_logprob", "linear_cross_entropy"):
         found.append({"op": op, "case": "any device", "impl": "aten", "why": chunked})

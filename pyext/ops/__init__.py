@@ -1,5 +1,6 @@
 """The ops: pure functions over tensors with autograd, each beside its plain-torch specification."""
 
+from fusedpeft.ops.adapter import bottleneck_adapter, bottleneck_adapter_ref
 from fusedpeft.ops.linear_logprob import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
@@ -10,6 +11,8 @@ from fusedpeft.ops.lora import lora_linear, lora_linear_ref
 from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
 
 __all__ = [
+    "bottleneck_adapter",
+    "bottleneck_adapter_ref",
     "linear_cross_entropy",
     "linear_cross_entropy_ref",
     "linear_logprob",

@@ -85,7 +85,7 @@ def test_command_writes_rows_and_says_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"op": "nothing"}, "expected one of lora, got 'nothing'"),
+        ({"op": "nothing"}, "expected one of lora, .*got 'nothing'"),
         ({"op": "lora", "case": "M99"}, "nothing matches 'M99'"),
         ({"op": "lora", "impls": ["liger"]}, "expected some of .*got liger"),
         ({"op": "lora", "device": "tpu"}, "expected cpu or cuda, got 'tpu'"),
