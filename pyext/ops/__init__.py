@@ -9,6 +9,7 @@ from fusedpeft.ops.linear_logprob import (
 )
 from fusedpeft.ops.lora import lora_linear, lora_linear_ref
 from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
+from fusedpeft.ops.prefix_attention import prefix_attention, prefix_attention_ref
 
 __all__ = [
     "bottleneck_adapter",
@@ -19,6 +20,8 @@ __all__ = [
     "linear_logprob_ref",
     "lora_linear",
     "lora_linear_ref",
+    "prefix_attention",
+    "prefix_attention_ref",
     "pro_loss",
     "pro_loss_ref",
     "ranking_loss",
