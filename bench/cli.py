@@ -107,6 +107,7 @@ def _add(op: str, what: str) -> None:
 for _op, _what in (
     ("lora", "ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."),
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
+    ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
 ):
     _add(_op, _what)
 

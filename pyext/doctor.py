@@ -14,6 +14,7 @@ from fusedpeft import __version__
 from fusedpeft.ops import adapter
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.native import native
+from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "lm_eval")
 
@@ -77,6 +78,8 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
     for device in ("cpu", "cuda"):
         impl, why = adapter.choose_impl(device)
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
+        impl, why = choose_prefix_impl(device)
+        found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
     chunked = "chunks over tokens: the whole logits are never in memory"
     for op in ("linear_logprob", "linear_cross_entropy"):
         found.append({"op": op, "case": "any device", "impl": "aten", "why": chunked})
