@@ -127,13 +127,17 @@ FUSEDPEFT_INLINE void dot_block(F (&sums)[NR][MT], const typename P::Element* w,
   if constexpr (P::kParts == 2) dot_part<P, 1>(sums, w, sw, x, sx);
 }
 
-// What to fetch while rows are multiplied: of rows like these, a line from `from` on for every
-// `every` elements of K.
+// What to fetch while rows are multiplied: of rows like these, the bytes of a step from `from` on for
+// every `every` elements of K. A step is whole lines of the cache and whole blocks.
 struct Ahead {
   const char* from;
   int64_t every;
 };
 constexpr int kLine = 64;  // bytes
+template <class P>
+constexpr int kStep = P::kBlock * static_cast<int>(sizeof(typename P::Element)) > kLine
+                          ? P::kBlock * static_cast<int>(sizeof(typename P::Element))
+                          : kLine;
 
 // acc[n, m] (+)= row n of w times token m, over k elements. acc: rows of kTokens vectors.
 template <class P, int NR, int MT>
@@ -147,10 +151,12 @@ __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element
     for (int m = 0; m < MT; ++m) sums[n][m] = fresh ? F{} : acc[n * kTokens + m];
 
   int64_t at = 0;
-  for (; at + ahead.every <= k; ahead.from += kLine) {
+  for (; at + ahead.every <= k; ahead.from += kStep<P>) {
 #pragma GCC unroll 8
     for (int n = 0; n < NR; ++n)
-      __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w), 0, 2);
+#pragma GCC unroll 2
+      for (int line = 0; line < kStep<P>; line += kLine)
+        __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w) + line, 0, 2);
     for (const int64_t end = at + ahead.every; at < end; at += P::kBlock)
       dot_block<P>(sums, w + at, sw, x + at, sx);
   }
@@ -216,7 +222,7 @@ FUSEDPEFT_INLINE void dot_rows(F* acc, bool fresh, const typename P::Element* w,
     if (rows == NR) {
       // Each group fetches its share of the next rows.
       const Ahead next = {reinterpret_cast<const char*>(w + NR * sw + x.k / groups.count * g),
-                          ahead ? groups.count * kLine / static_cast<int64_t>(sizeof *w) : x.k + 1};
+                          ahead ? groups.count * kStep<P> / static_cast<int64_t>(sizeof *w) : x.k + 1};
       (large ? dot<P, NR, G> : dot<P, NR, L>)(acc + first, fresh, w, sw, tokens, x.stride, x.k, next);
     } else {
       for (int64_t n = 0; n < rows; ++n)
