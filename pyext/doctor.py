@@ -12,6 +12,7 @@ import torch
 
 from fusedpeft import __version__
 from fusedpeft.ops import adapter
+from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
@@ -24,6 +25,7 @@ def _versions() -> dict[str, str | None]:
     for name in PACKAGES:
         here = importlib.util.find_spec(name) is not None
         found[name] = importlib.metadata.version(name) if here else None
+    found["torch"] = torch.__version__  # with the build, such as +cu130
     return found
 
 
@@ -80,9 +82,10 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         impl, why = choose_prefix_impl(device)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
-    chunked = "chunks over tokens: the whole logits are never in memory"
     for op in ("linear_logprob", "linear_cross_entropy"):
-        found.append({"op": op, "case": "any device", "impl": "aten", "why": chunked})
+        for device in ("cpu", "cuda"):
+            impl, why = choose_logprob_impl(device, torch.float32)
+            found.append({"op": op, "case": device.upper(), "impl": impl, "why": why})
     for op in ("ranking_loss", "pro_loss"):
         why = "a few numbers a candidate: plain torch"
         found.append({"op": op, "case": "any device", "impl": "torch", "why": why})
