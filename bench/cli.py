@@ -108,6 +108,7 @@ for _op, _what in (
     ("lora", "ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."),
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
+    ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
 ):
     _add(_op, _what)
 

@@ -19,6 +19,7 @@ OPS = {
     "lora": "fusedpeft.bench.bench_lora",
     "adapter": "fusedpeft.bench.bench_adapter",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
+    "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
 }
 
 

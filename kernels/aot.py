@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("lora",)
+OPS = ("lora", "linear_logprob")
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -37,7 +37,8 @@ class Spec:
     """How one kernel is compiled. Names of arguments stand in one string, separated by spaces.
 
     unit: strides that are 1. types: argument -> Triton's type, or "adapter" for a pointer to
-    elements of row["adapter_bytes"]; unless said, `*_ptr` points to the input's dtype
+    elements of row["adapter_bytes"], or "halves" for an fp32 accumulator that 16-bit inputs keep as
+    int16 halves of its bits; unless said, `*_ptr` points to the input's dtype
     (row["elem_bytes"]), `*scale` is fp32 and anything else an i32 divisible by 16. ragged: integers
     that are not. rank: integers that are not where row["wide_rank"] is false. wgmma: a product that
     must use Hopper's tensor cores from 64 rows on.
@@ -55,6 +56,8 @@ class Spec:
         kind = self.types.get(name)
         if kind == "adapter":
             return pointers[row["adapter_bytes"]]
+        if kind == "halves":
+            return "*i16" if row["elem_bytes"] == 2 else "*fp32"
         if kind is not None:
             return kind
         if name.endswith("_ptr"):

@@ -10,6 +10,7 @@ from fusedpeft import ops
 module = importlib.import_module("fusedpeft.ops.linear_logprob")
 
 DTYPES = [torch.float32, torch.bfloat16]
+OPTIONS = {"plain": {}, "softcap": {"softcap": 2.0}, "both": {"softcap": 1.5, "temperature": 0.7}}
 
 
 def make(m, d, v, dtype, bias=True, ignored=0):
@@ -29,18 +30,23 @@ def run(op, h, w, labels, bias, head, g, **kw):
     return y.detach(), torch.autograd.grad(y, leaves, g.to(y.dtype))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("chunk_bytes", [4 * 100, 32 * 2**20])
 @pytest.mark.parametrize("head", [False, True], ids=["frozen", "trainable"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m, d, v, ignored", [(1, 16, 10, 0), (63, 33, 101, 7), (130, 64, 17, 130)])
-def test_against_float64(check_accuracy, monkeypatch, m, d, v, ignored, dtype, head, chunk_bytes):
+def test_against_float64(
+    check_accuracy, monkeypatch, m, d, v, ignored, dtype, head, chunk_bytes, options
+):
     monkeypatch.setattr(module, "LOGITS_BYTES", chunk_bytes)
+    monkeypatch.setattr(module, "TILE_ROWS", 50)
+    kw = OPTIONS[options]
     h, w, labels, bias = make(m, d, v, dtype, ignored=ignored)
     g = torch.randn(m, generator=torch.Generator().manual_seed(5))
     up = (h.double(), w.double(), labels, bias.double())
-    got = run(ops.linear_logprob, h, w, labels, bias, head, g)
-    low = run(ops.linear_logprob_ref, h, w, labels, bias, head, g)
-    ref = run(ops.linear_logprob_ref, *up, head, g)
+    got = run(ops.linear_logprob, h, w, labels, bias, head, g, **kw)
+    low = run(ops.linear_logprob_ref, h, w, labels, bias, head, g, **kw)
+    ref = run(ops.linear_logprob_ref, *up, head, g, **kw)
     for name, *t in zip(["logp"], got[:1], low[:1], ref[:1], strict=True):
         check_accuracy(name, *t)
     for name, *t in zip(["dh", "dw", "dbias"], got[1], low[1], ref[1], strict=False):
@@ -59,7 +65,20 @@ def test_cross_entropy_equals_torch(reduction):
     torch.testing.assert_close(got, ref)
 
 
-def test_ignored_rows_are_skipped_not_multiplied_by_zero():
+def test_softcap_and_temperature_are_what_models_do():
+    """Gemma's c·tanh(z/c), then the division; cross-entropy takes the same options."""
+    h, w, labels, bias = make(20, 16, 30, torch.float64)
+    z = 3.0 * torch.tanh((h @ w.t() + bias) / 3.0) / 0.5
+    want = torch.nn.functional.cross_entropy(z, labels)
+    for op in (ops.linear_cross_entropy, ops.linear_cross_entropy_ref):
+        got = op(h, w, labels, bias, softcap=3.0, temperature=0.5)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["rows_picked", "rows_masked"])
+def test_ignored_rows_are_skipped_not_multiplied_by_zero(masked, monkeypatch):
+    if masked:  # as on a GPU, where picking the rows would synchronise
+        monkeypatch.setattr(module, "_select", lambda h, t, ignored: (None, t != ignored))
     h, w, labels, _ = make(6, 8, 10, torch.float32, bias=False, ignored=2)
     h[:2] = float("nan")
     h.requires_grad_(), w.requires_grad_()
@@ -102,17 +121,25 @@ def test_the_logits_never_exist_whole():
         assert Largest.numel <= 32 * v < m * v / 4
 
 
-def test_gradcheck_opcheck_compile():
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck(options):
     h, w, labels, bias = make(6, 5, 9, torch.float64, ignored=1)
     h.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda h, w, c: ops.linear_logprob(h, w, labels, c), (h, w, bias)
-    )
-    frozen = (w.detach(), labels, bias.detach())
-    assert torch.autograd.gradcheck(lambda h: ops.linear_logprob(h, *frozen), (h,))
+    kw = OPTIONS[options]
+    whole = lambda h, w, c: ops.linear_logprob(h, w, labels, c, **kw)  # noqa: E731
+    assert torch.autograd.gradcheck(whole, (h, w, bias))
+    frozen = (w.detach(), labels, bias.detach())  # the kept u
+    assert torch.autograd.gradcheck(lambda h: ops.linear_logprob(h, *frozen, **kw), (h,))
+    assert torch.autograd.gradcheck(lambda c: whole(h.detach(), frozen[0], c), (bias,))
+
+
+def test_opcheck_compile():
+    h, w, labels, bias = make(6, 5, 9, torch.float64, ignored=1)
+    h.requires_grad_(), w.requires_grad_(), bias.requires_grad_()
     op = torch.ops.fusedpeft.linear_logprob
-    torch.library.opcheck(op, (h, w, labels, bias, -100, False))
-    torch.library.opcheck(op, (h, frozen[0], labels, None, -100, True))
+    torch.library.opcheck(op, (h, w, labels, bias, -100, 0.0, 1.0, False, ""))
+    frozen = (h, w.detach(), labels, None)
+    torch.library.opcheck(op, (*frozen, -100, 2.0, 0.5, True, "aten"))
     fn = torch.compile(lambda h: ops.linear_cross_entropy(h, w, labels, bias), fullgraph=True)
     torch.testing.assert_close(fn(h), ops.linear_cross_entropy(h, w, labels, bias))
 
@@ -138,11 +165,36 @@ H, W, L = torch.randn(4, 8), torch.randn(10, 8), torch.tensor([0, 9, -100, 3])
         ((H, W, L, torch.randn(9)), ValueError, r"bias: expected \[10\].*got \[9\]"),
         ((H, W.to("meta"), L), ValueError, "w: expected device cpu"),
         ((H, [1], L), TypeError, "w: expected a Tensor, got list"),
+        ((H, W[:0], L), ValueError, r"V >= 1 and d >= 1, got \(0, 8\)"),
+        ((H, W, L, torch.randn(10, device="meta")), ValueError, "bias: expected device cpu"),
     ],
 )
 def test_bad_input(args, error, message):
     with pytest.raises(error, match=message):
         ops.linear_logprob(*args)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0, got 0.0"),
+        ({"softcap": float("nan")}, ValueError, "softcap: .* got nan"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a finite number > 0, got -1.0"),
+        ({"temperature": float("inf")}, ValueError, "temperature: .* got inf"),
+        ({"impl": "cuda"}, ValueError, r"impl: expected one of \('aten', 'triton'\).*got 'cuda'"),
+    ],
+)
+def test_bad_options(options, error, message):
+    with pytest.raises(error, match=message):
+        ops.linear_logprob(H, W, L, **options)
+
+
+def test_fp64_has_no_triton():
+    with pytest.raises(TypeError, match="got torch.float64; use 'aten'"):
+        ops.linear_logprob(H.double(), W.double(), L, impl="triton")
+    assert module.choose_impl("cuda", torch.bfloat16)[0] == "triton"
+    assert module.choose_impl("cuda", torch.float64)[0] == "aten"
+    assert module.choose_impl("cpu", torch.bfloat16)[0] == "aten"
 
 
 def test_bad_reduction():
