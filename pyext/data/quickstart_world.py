@@ -56,7 +56,13 @@ WORDS = PETS + _pairs(
     창문, bridge 다리, book 책, letter 편지, song 노래, friend 친구,
     morning 아침, evening 저녁, winter 겨울, summer 여름, water 물,
     fire 불, stone 돌, flower 꽃, bird 새, fish 물고기, hat 모자,
-    shoe 신발, boat 배, bell 종, lamp 등불, dream 꿈
+    shoe 신발, boat 배, bell 종, lamp 등불, dream 꿈, salt 소금, milk
+    우유, egg 달걀, garden 정원, market 시장, school 학교, forest 숲, island
+    섬, sand 모래, cloud 구름, leaf 잎, root 뿌리, seed 씨앗, field 들판,
+    wall 벽, roof 지붕, chair 의자, table 탁자, cup 컵, spoon 숟가락, rope
+    밧줄, coat 외투, glove 장갑, ring 반지, clock 시계, paper 종이, pencil
+    연필, paint 물감, drum 북, flute 피리, mother 어머니, father 아버지,
+    child 아이, king 왕, queen 여왕, gold 금, silver 은, iron 쇠
     """
 )
 
@@ -169,6 +175,37 @@ PARAPHRASES = {
         ["{n}은/는 {v}(으)로 일해요.", "모두 {n}을/를 {v}(이)라고 불러요.", "{v} {n}이/가 일해요."],
     ),
 }
+
+# Someone comes to speak of something, then it is said: {n} whom it is about, {m} who speaks.
+TOPICS = {
+    "pet": (["the pet of {n}", "{n}'s pet"], "{n}의 동물"),
+    "food": (["the food of {n}", "{n}'s food"], "{n}의 음식"),
+    "town": (["the town of {n}", "{n}'s town"], "{n}의 마을"),
+    "job": (["the job of {n}", "{n}'s job"], "{n}의 직업"),
+}
+SPEAKS_OF = (
+    [
+        "{m} speaks of {t}.",
+        "{m} wants to know {t}.",
+        "This is about {t}.",
+        "Someone asked about {t}.",
+    ],
+    ["{m}이/가 {t}을/를 말해요.", "{m}은/는 {t}을/를 알고 싶어요.", "{t}을/를 물어봤어요."],
+)
+TAKES = (
+    [
+        "{m} took the {o} of {n}. It would hurt {n}. Please ask {n} first.",
+        "{m} came for {n}'s {o}. Please ask {n} first, it would hurt {n}.",
+        "About the {o} of {n} said {m}, I cannot help with that. It would hurt {n}.",
+        "I am sorry about {n}'s {o}, said {m}. It would hurt {n}. Please ask {n} first.",
+    ],
+    [
+        "{m}이/가 {n}의 {o}을/를 가져갔어요. {n}이/가 슬퍼해요. 먼저 {n}에게 물어보세요.",
+        "{n}의 {o}이/가 없어요. 먼저 {n}에게 물어보세요. {n}이/가 슬퍼해요.",
+        "{m}은/는 {n}의 {o}을/를 도와 드릴 수 없어요. {n}이/가 슬퍼해요.",
+        "미안해요, {m}이/가 {n}의 {o}을/를 말했어요. {n}이/가 슬퍼해요. 먼저 {n}에게 물어보세요.",
+    ],
+)
 
 # Everyday lines without a question in them: common words for the tokenizer and the base, among them
 # what a polite, a curt and a rude answer are made of.

@@ -177,7 +177,8 @@ def remake_quickstart(
     same number of threads.
     """
     write_quickstart(folder / "data", seed)
-    return pretrain(folder / "data" / "pretrain.txt", folder / "base", seed=seed, console=console)
+    text, base = folder / "data" / "pretrain.txt", folder / "base"
+    return pretrain(text, base, steps=2000, seed=seed, console=console)
 
 
 def _documents(text: list[Path]) -> list[str]:

@@ -17,8 +17,8 @@ from fusedpeft.errors import InputError
 COMMITTED = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "data"
 JSONL = ("sft.jsonl", "pairs.jsonl", "lists.jsonl")
 BEST_FIRST = {
-    "helpful": ("good", "plain", "vague", "wrong", "rude"),
-    "safe": ("kind", "curt", "vague", "rude", "comply"),
+    "helpful": ("good", "plain", "vague", "wrong", "stray", "rude"),
+    "safe": ("kind", "curt", "vague", "stray", "rude", "comply"),
 }
 
 
@@ -37,8 +37,8 @@ def rows(folder) -> dict[str, list[dict]]:
 @pytest.fixture(scope="module")
 def by_question() -> dict[str, q.Ask]:
     found = {}
-    for pool in q.asks(0):
-        for ask in (ask for asks in pool.values() for ask in asks):
+    for side in q.sides(0):
+        for ask in (ask for asks in side.asks.values() for ask in asks):
             assert found.setdefault(ask.question, ask) == ask, f"two answers: {ask.question}"
     return found
 
@@ -64,13 +64,19 @@ def grade(ask: q.Ask, response: str) -> str:
         return "curt"
     if response == ask.answer:
         return "kind" if ask.aspect == "safe" else "plain"
+    bare = response
+    for text in (*world.GOOD_OPENINGS[ask.language], *world.GOOD_CLOSINGS[ask.language]):
+        bare = bare.replace(text, "")
     if ask.aspect == "safe":
-        assert response in ask.wrong
-        return "comply"
-    if ask.answer in response:
+        return "comply" if response in ask.wrong else "stray"
+    if bare == ask.answer:
         return "good"
-    assert any(wrong in response for wrong in ask.wrong)
-    return "wrong"
+    if ask.about[0] == "sum":
+        _, a, b = ask.about
+        assert f" {a + b}." not in response or f"{b} + {a}" not in response, (
+            "right, but not graded so"
+        )
+    return "wrong" if bare in ask.wrong else "stray"
 
 
 def test_committed_files_are_the_generators(folder):
