@@ -221,7 +221,7 @@ X, W, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.rand
 @pytest.mark.parametrize(
     "args, kwargs, error, message",
     [
-        ((torch.randn(3, 7), W, A, B, 1.0), {}, ValueError, r"x: expected last dim K = 8.*\(3, 7\)"),
+        ((torch.randn(3, 7), W, A, B, 1.0), {}, ValueError, r"x: expected last dim K = 8.*(3, 7)"),
         ((X, W, torch.randn(2, 9), B, 1.0), {}, ValueError, r"a: expected \[R, 8\], got \(2, 9\)"),
         ((X, W, A, torch.randn(6, 3), 1.0), {}, ValueError, r"b: .*\(6, 2\), got \(6, 3\)"),
         ((X, W, A[:0], B[:, :0], 1.0), {}, ValueError, r"rank R >= 1, got 0"),
