@@ -62,7 +62,6 @@ def choose_impl(device_type: str, tokens: int, needs_grad: bool, native_ok: bool
 # times faster, from a few tokens on.
 _SLOW_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
 _WIDEN_TOKENS = 4
-_IN_PLACE_TOKENS = 256  # from here on a product has the time to accumulate in place
 
 
 def _widens(x: Tensor) -> bool:
@@ -73,22 +72,18 @@ def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.float() for t in tensors)
 
 
-def _plus_product(update: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    """update + x w, where update may be overwritten."""
-    if x.shape[0] >= _IN_PLACE_TOKENS:
-        return update.addmm_(x, w)  # no pass over the sum, which costs as much as the update
-    return torch.mm(x, w).add_(update)  # a short product in place would round at every step
-
-
 def _aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
     if _widens(x):
         with torch.autocast("cpu", enabled=False):
             y, s = _aten_fwd(*_wide(x, w, a, b, bias), seed, scale, dropout_p)
         return y.to(x.dtype), s.to(a.dtype)
+    y = F.linear(x, w, bias)
     s = F.linear(dropout(x, dropout_p, seed).to(a.dtype), a)
-    t = s * scale
-    update = torch.mm(t, b.t()) if bias is None else torch.addmm(bias.to(a.dtype), t, b.t())
-    return _plus_product(update.to(x.dtype), x, w.t()), s
+    if a.dtype == y.dtype:
+        y.addmm_(s, b.t(), alpha=scale)  # accumulates in place: no [M, N] temporary
+    else:
+        y += torch.mm(s, b.t()).mul_(scale)
+    return y, s
 
 
 def _aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool]):
@@ -103,13 +98,17 @@ def _aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: lis
     if need_x or need_a:
         ds = torch.mm(dya, b).mul_(scale)
     if need_x:
-        dx = _plus_product(dropout(torch.mm(ds, a), dropout_p, seed).to(dy.dtype), dy, w)
+        dx = torch.mm(dy, w)
+        if dropout_p == 0.0 and a.dtype == dx.dtype:
+            dx.addmm_(ds, a)
+        else:
+            dx += dropout(torch.mm(ds, a), dropout_p, seed)
     if need_w:
         dw = torch.mm(dy.t(), x)
     if need_a:
-        da = torch.mm(ds.t().contiguous(), dropout(x, dropout_p, seed).to(a.dtype))
+        da = torch.mm(ds.t(), dropout(x, dropout_p, seed).to(a.dtype))
     if need_b:  # as its transpose, rows of which are long
-        db = torch.mm(s.t().contiguous(), dya).mul_(scale).t().contiguous()
+        db = torch.mm(s.t(), dya).mul_(scale).t().contiguous()
     if need_bias:
         dbias = dy.sum(0)
     return dx, dw, da, db, dbias
