@@ -1,7 +1,7 @@
 """The quickstart's data: a small world told in English and Korean, made here from a seed.
 
     fusedpeft run examples/quickstart.yaml        # uses the copy under examples/quickstart
-    fusedpeft pretrain --quickstart DIR           # makes that copy: the data, and a base from them
+    fusedpeft pretrain OUT --quickstart           # makes that copy: the data, and a base from them
 
 `write_quickstart(dir, seed)` writes, the same bytes for the same seed,
 

@@ -1,7 +1,7 @@
 """Pretrain a tiny Llama from nothing: a byte-level tokenizer, then next-token prediction.
 
     fusedpeft pretrain OUT --text FILE...
-    fusedpeft pretrain --quickstart DIR     # the quickstart's data and base, from their seed
+    fusedpeft pretrain OUT --quickstart     # the quickstart's data and base, from their seed
 
 Documents are lines of text. They are joined with the end token between them and read in blocks of
 fixed length from random places; the place of every block follows from the seed and the step alone,

@@ -9,13 +9,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fusedpeft.data.quickstart import people
+from fusedpeft.data.quickstart_asks import people
 from fusedpeft.data.quickstart_text import document
 from fusedpeft.errors import InputError
 from fusedpeft.train import pretrain as p
-from fusedpeft.train.tokenizer import SPECIAL, train_tokenizer
 
-COMMITTED = Path(__file__).resolve().parents[2] / "examples" / "quickstart"
 SHAPE = p.Shape(
     vocab_size=320,
     hidden_size=32,
@@ -220,44 +218,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(text, tmp_path):
     assert not (tmp_path / "base").exists()
 
 
-def test_every_text_has_tokens_and_names_are_the_same_everywhere(text):
-    documents = text.read_text(encoding="utf-8").splitlines()
-    tokenizer = train_tokenizer(documents, 700, 64)
-    for said in ("Mina has a cat.", "미나는 고양이를 키워요.", "  é 😀\t漢字 12+3", "<x>\n"):
-        assert tokenizer.decode(tokenizer.encode(said)) == said
-    # A name's tokens, whatever stands around it.
-    for name, around in (("Mina", "Which pet has Mina? Mina"), ("미나", "미나는 미나에게 (미나)")):
-        alone = tokenizer.encode(name)
-        tokens = tokenizer.encode(around)
-        found = [tokens[i : i + len(alone)] == alone for i in range(len(tokens))]
-        assert sum(found) == around.count(name), name
-
-
-def test_chat_template(text):
-    tokenizer = train_tokenizer(text.read_text(encoding="utf-8").splitlines(), 320, 64)
-    said = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "안녕?"}]
-    told = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    assert told == "<|system|>Be kind.<|end|><|user|>안녕?<|end|><|assistant|>"
-    said.append({"role": "assistant", "content": "네."})
-    assert tokenizer.apply_chat_template(said, tokenize=False) == told + "네.<|end|>"
-    ids = tokenizer(told)["input_ids"]
-    special = [tokenizer.convert_tokens_to_ids(s) for s in SPECIAL]
-    assert special == [0, 1, 2, 3, 4] and [i for i in ids if i < 5] == [2, 1, 3, 1, 4]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "Be kind.안녕?"
-    with pytest.raises(Exception, match="expected the role system, user or assistant, got robot"):
-        tokenizer.apply_chat_template([{"role": "robot", "content": ""}], tokenize=False)
-
-
 def test_the_schedule_warms_up_and_ends_at_a_tenth():
     rates = [p._schedule(step, 100) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == 1.0 and rates[-1] == pytest.approx(0.1, abs=1e-3)
     assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
-
-
-def test_the_quickstart_is_made_of_its_data(tmp_path, monkeypatch):
-    made = {}
-    monkeypatch.setattr(p, "pretrain", lambda text, out, **settings: made.update(locals()))
-    p.remake_quickstart(tmp_path, seed=0)
-    assert made["text"].read_text(encoding="utf-8").count("\n") == 14000
-    assert (made["out"], made["settings"]["seed"]) == (tmp_path / "base", 0)
