@@ -121,6 +121,19 @@ def _with_ones(h: Tensor) -> Tensor:
     return torch.cat((h, h.new_ones(h.shape[0], 1)), 1)
 
 
+_SHORT_SUM = (
+    128  # products that may accumulate on something: each of their steps rounds at its size
+)
+
+
+def _onto(base: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """base + alpha · a b, fresh."""
+    if a.shape[1] <= _SHORT_SUM:
+        return torch.addmm(base, a, b, alpha=alpha)  # no pass of its own over the sum
+    product = torch.mm(a, b)
+    return torch.add(base, product, alpha=alpha, out=product)
+
+
 def _forward(
     x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, seed,
     activation: str, norm: str, eps: float, scale: float, dropout_p: float, add_x: bool,
@@ -150,10 +163,8 @@ def _forward(
             h, up = _with_ones(h), torch.cat((up, up_b.to(dtype)[:, None]), 1)
         if base is None:
             y = torch.mm(h, (up * scale).t())
-        elif base.dtype == dtype:
-            y = torch.addmm(base, h, up.t(), alpha=scale)
-        else:  # the converted copy is ours: accumulate into it
-            y = (xc if add_x else base.to(dtype)).addmm_(h, up.t(), alpha=scale)
+        else:
+            y = _onto(xc if add_x else base.to(dtype), h, up.t(), scale)
     return y.to(x.dtype), p.to(down_w.dtype), stats
 
 
@@ -201,7 +212,7 @@ def _backward(
         grads[6] = torch.mv(down_w.to(dtype).t(), dc).to(down_w.dtype)
     if need_x:
         w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
-        dx = torch.addmm(dy.to(dtype), q, w) if add_x else torch.mm(q, w)
+        dx = _onto(dy.to(dtype), q, w) if add_x else torch.mm(q, w)
         if norm:
             row = (q * (p if c is None else p - c)).sum(1).div_(d)
             alpha = row * stats[:, 1]
