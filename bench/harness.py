@@ -28,6 +28,7 @@ Outputs = tuple[Tensor, ...]
 Call = Callable[[], object]
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU named in this project
 DEFAULT_L3_BYTES = 32 << 20
+SLOW_ROUND_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,11 @@ def order(names: list[str], round_: int) -> list[str]:
 def run_case(
     case: Case, *, seconds: float = 1.0, min_rounds: int = 16, clock: Clock | None = None
 ) -> list[Timing]:
-    """Checks, then times every implementation of a case; about `seconds` of rounds, in turns."""
+    """Checks, then times every implementation of a case; about `seconds` of rounds, in turns.
+
+    At least `min_rounds`; 4, after one to warm up, where a single round takes more than a second
+    (16-bit products that a CPU multiplies one by one).
+    """
     with torch.set_grad_enabled(case.grad):
         return _run_case(case, seconds, min_rounds, clock or Clock(case.device, cold=True))
 
@@ -245,8 +250,13 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        for round_ in range(3):
-            one_round(round_)
+        start = time.perf_counter()
+        one_round(0)
+        if time.perf_counter() - start > SLOW_ROUND_S:
+            min_rounds = min(min_rounds, 4)
+        else:
+            one_round(1)
+            one_round(2)
         clock.times_us.clear()
         end, rounds = time.perf_counter() + seconds, 0
         while rounds < min_rounds or time.perf_counter() < end:
