@@ -139,39 +139,44 @@ constexpr int kStep = P::kBlock * static_cast<int>(sizeof(typename P::Element)) 
                           ? P::kBlock * static_cast<int>(sizeof(typename P::Element))
                           : kLine;
 
+constexpr int64_t kLongSum = 2048;  // elements that one chain of sums takes: longer ones round worse
+
 // acc[n, m] (+)= row n of w times token m, over k elements. acc: rows of kTokens vectors.
 template <class P, int NR, int MT>
 __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element* w, int64_t sw,
                                    const typename P::Packed* x, int64_t sx, int64_t k,
                                    Ahead ahead) {
-  F sums[NR][MT];
-#pragma GCC unroll 8
-  for (int n = 0; n < NR; ++n)
-#pragma GCC unroll 8
-    for (int m = 0; m < MT; ++m) sums[n][m] = fresh ? F{} : acc[n * kTokens + m];
-
   int64_t at = 0;
-  for (; at + ahead.every <= k; ahead.from += kStep<P>) {
+  do {
+    F sums[NR][MT] = {};
+    const int64_t stop = k - at > kLongSum ? at + kLongSum : k;
+    for (; at + ahead.every <= stop; ahead.from += kStep<P>) {
 #pragma GCC unroll 8
-    for (int n = 0; n < NR; ++n)
+      for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
-      for (int line = 0; line < kStep<P>; line += kLine)
-        __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w) + line, 0, 2);
-    for (const int64_t end = at + ahead.every; at < end; at += P::kBlock)
-      dot_block<P>(sums, w + at, sw, x + at, sx);
-  }
-  for (; at + P::kBlock <= k; at += P::kBlock) dot_block<P>(sums, w + at, sw, x + at, sx);
-  if (at < k) {  // x is padded with zeros; what lies beyond a row of w is not ours to read
-    typename P::Element edge[NR][P::kBlock] = {};
-    for (int n = 0; n < NR; ++n)
-      copy(edge[n], w + n * sw + at, (k - at) * static_cast<int64_t>(sizeof *w));
-    dot_block<P>(sums, edge[0], P::kBlock, x + at, sx);
-  }
+        for (int line = 0; line < kStep<P>; line += kLine)
+          __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w) + line, 0, 2);
+      for (const int64_t end = at + ahead.every; at < end; at += P::kBlock)
+        dot_block<P>(sums, w + at, sw, x + at, sx);
+    }
+    for (; at + P::kBlock <= stop; at += P::kBlock) dot_block<P>(sums, w + at, sw, x + at, sx);
+    if (at < stop) {  // x is padded with zeros; what lies beyond a row of w is not ours to read
+      typename P::Element edge[NR][P::kBlock] = {};
+      for (int n = 0; n < NR; ++n)
+        copy(edge[n], w + n * sw + at, (k - at) * static_cast<int64_t>(sizeof *w));
+      dot_block<P>(sums, edge[0], P::kBlock, x + at, sx);
+      at = stop;
+    }
 
 #pragma GCC unroll 8
-  for (int n = 0; n < NR; ++n)
+    for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 8
-    for (int m = 0; m < MT; ++m) acc[n * kTokens + m] = sums[n][m];
+      for (int m = 0; m < MT; ++m) {
+        F& out = acc[n * kTokens + m];
+        out = fresh ? sums[n][m] : out + sums[n][m];
+      }
+    fresh = false;
+  } while (at < k);
 }
 
 // The tokens of a call: the first `larger` groups have `size` of them, the others one less.
