@@ -85,7 +85,9 @@ def test_dropout(check_accuracy, dtype):
 @needs_native
 @pytest.mark.parametrize("adapter", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("k, n, r", [(2048, 512, 16), (129, 77, 12), (64, 5, 1), (7, 3, 64), (14336, 40, 16)])
+@pytest.mark.parametrize(
+    "k, n, r", [(2048, 512, 16), (129, 77, 12), (64, 5, 1), (7, 3, 64), (14336, 40, 16)]
+)
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 8, 16])
 def test_native_decode(check_accuracy, m, k, n, r, dtype, adapter):
     adapter_dtype = torch.float32 if adapter == "fp32" else None
