@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from fusedpeft.data.rows import ASPECTS
 from fusedpeft.errors import InputError
@@ -21,23 +21,30 @@ from fusedpeft.ops import linear_logprob
 
 HEAD_NAME = "reward_head.safetensors"
 
-# Settings by which a model changes its logits after the head: log-probabilities would be wrong.
-_LOGIT_SETTINGS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0}
-
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
-    """(backbone, output head). Raises InputError for a model whose logits are not h Wᵀ + bias."""
+    """(backbone, output head). Raises InputError for a model whose head is not an nn.Linear."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise InputError(
             f"expected a causal LM with an nn.Linear as output head, got {type(head).__name__} in "
             f"{type(model).__name__}: leave the head out of the adapter's targets"
         )
-    for name, neutral in _LOGIT_SETTINGS.items():
-        value = getattr(model.config, name, None)
-        if value is not None and value != neutral:
-            raise InputError(f"{type(model).__name__} with {name}={value} is not supported")
     return model.base_model, head
+
+
+def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
+    """What a model does to h Wᵀ before the softmax, as `linear_logprob` takes it.
+
+    A soft-cap (Gemma's final_logit_softcapping), a factor (Cohere's logit_scale, Falcon-H1's
+    lm_head_multiplier), a divisor (Granite's logits_scaling).
+    """
+    config = config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1.0
+    factor *= getattr(config, "lm_head_multiplier", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"softcap": softcap, "temperature": divisor / factor}
 
 
 class TokenLogprobs(nn.Module):
@@ -57,7 +64,8 @@ class TokenLogprobs(nn.Module):
         backbone, head = split_head(self.model)
         out = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         h = out.last_hidden_state[:, :-1]
-        return linear_logprob(h, head.weight, labels[:, 1:], head.bias).float()
+        options = logit_options(self.config)
+        return linear_logprob(h, head.weight, labels[:, 1:], head.bias, **options).float()
 
 
 class RewardModel(nn.Module):

@@ -3,7 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    TrainingArguments,
+)
 
 from fusedpeft import ops
 from fusedpeft.errors import InputError
@@ -220,11 +226,32 @@ def test_measuring_changes_nothing(tokenizer, make_model, lists):
         assert model.training is mode and torch.equal(state, torch.get_rng_state())
 
 
-def test_models_whose_logits_are_something_else_are_refused(make_model):
-    model = make_model()
-    model.config.final_logit_softcapping = 30.0
-    with pytest.raises(InputError, match="final_logit_softcapping=30.0 is not supported"):
-        TokenLogprobs(model)
+@pytest.mark.parametrize(
+    "config, settings",
+    [
+        (Gemma2Config, {"final_logit_softcapping": 0.5}),
+        (CohereConfig, {"logit_scale": 3.0}),
+        (GraniteConfig, {"logits_scaling": 0.25}),
+    ],
+)
+def test_what_a_model_does_to_its_logits_is_done_here(config, settings):
+    """Capped or scaled: each such model's own log-probabilities, and not those without."""
+    size = dict(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16, pad_token_id=0)
+    torch.manual_seed(0)
+    made = config(**size, **heads, initializer_range=0.3, **settings)
+    model = AutoModelForCausalLM.from_config(made).eval()
+    ids = torch.randint(1, 50, (2, 7))
+    ours = TokenLogprobs(model)
+    got = ours(ids, torch.ones_like(ids), ids)
+    want = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got, want)
+    for name in settings:
+        setattr(model.config, name, None if name == "final_logit_softcapping" else 1.0)
+    assert not torch.allclose(got, ours(ids, torch.ones_like(ids), ids), atol=1e-2)
+
+
+def test_an_adapted_head_is_refused(make_model):
     adapted = attach(make_model(), LoRA(targets=["lm_head"]))
     with pytest.raises(InputError, match="leave the head out of the adapter's targets"):
         TokenLogprobs(adapted)
