@@ -12,12 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.dropout import as_seed, dropout, dropout_ref
-from fusedpeft.ops.native import DTYPE_CODES, native
-
-MAX_DECODE_TOKENS = 16  # rows that the C++ kernel takes; beyond, the GEMM of ATen is ahead
-_IMPLS = ("native", "aten", "triton")
-_PLAIN = (Tensor, torch.nn.Parameter)
+from fusedpeft.ops.dropout import as_seed, dropout_ref
+from fusedpeft.ops.lora_check import PLAIN, check, check_native, is_sound
+from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
+from fusedpeft.ops.lora_dora import dora_factor
 
 
 def lora_linear_ref(
@@ -55,98 +53,6 @@ def choose_impl(device_type: str, tokens: int, needs_grad: bool, native_ok: bool
     return "native", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one C++ pass over W"
 
 
-# --- ATen ---------------------------------------------------------------------------------------
-
-
-# Below AVX-512 ATen has no fast product of bf16 or fp16 on x86: fp32, conversions and all, is ten
-# times faster, from a few tokens on.
-_SLOW_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
-_WIDEN_TOKENS = 4
-
-
-def _widens(x: Tensor) -> bool:
-    return _SLOW_16_BIT and x.is_cpu and x.element_size() == 2 and x.shape[0] >= _WIDEN_TOKENS
-
-
-def _wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.float() for t in tensors)
-
-
-def _aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
-    if _widens(x):
-        with torch.autocast("cpu", enabled=False):
-            y, s = _aten_fwd(*_wide(x, w, a, b, bias), seed, scale, dropout_p)
-        return y.to(x.dtype), s.to(a.dtype)
-    y = F.linear(x, w, bias)
-    s = F.linear(dropout(x, dropout_p, seed).to(a.dtype), a)
-    if a.dtype == y.dtype:
-        y.addmm_(s, b.t(), alpha=scale)  # accumulates in place: no [M, N] temporary
-    else:
-        y += torch.mm(s, b.t()).mul_(scale)
-    return y, s
-
-
-def _aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool]):
-    if _widens(dy):
-        like = (dy, w, a, b, dy)
-        with torch.autocast("cpu", enabled=False):
-            wide = _aten_bwd(*_wide(dy, x, w, a, b, s), seed, scale, dropout_p, need)
-        return tuple(g.to(t.dtype) for g, t in zip(wide, like, strict=True))
-    need_x, need_w, need_a, need_b, need_bias = need
-    dx = dw = da = db = dbias = dy.new_empty(0)
-    dya = dy.to(a.dtype)
-    if need_x or need_a:
-        ds = torch.mm(dya, b).mul_(scale)
-    if need_x:
-        dx = torch.mm(dy, w)
-        if dropout_p == 0.0 and a.dtype == dx.dtype:
-            dx.addmm_(ds, a)
-        else:
-            dx += dropout(torch.mm(ds, a), dropout_p, seed)
-    if need_w:
-        dw = torch.mm(dy.t(), x)
-    if need_a:
-        da = torch.mm(ds.t(), dropout(x, dropout_p, seed).to(a.dtype))
-    if need_b:  # as its transpose, rows of which are long
-        db = torch.mm(s.t(), dya).mul_(scale).t().contiguous()
-    if need_bias:
-        dbias = dy.sum(0)
-    return dx, dw, da, db, dbias
-
-
-# --- C++ decode ---------------------------------------------------------------------------------
-
-
-def _native_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
-    return (
-        native is not None
-        and x.dtype in DTYPE_CODES
-        and (a.dtype == x.dtype or a.dtype == torch.float32)
-        and (x.is_contiguous() or (x.ndim == 2 and x.stride()[1] == 1))
-        and w.stride()[1] == a.stride()[1] == b.stride()[1] == 1
-    )
-
-
-def _native_fwd(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias, scale: float) -> Tensor:
-    """x [M, K], or contiguous [*, K] with K > 0: flattening costs as much as the call."""
-    n, r = b.shape
-    if x.ndim == 2:
-        (m, k), sx = x.shape, x.stride()[0]
-        y = x.new_empty(m, n)
-    else:
-        k = sx = w.shape[1]
-        m, y = x.numel() // k, x.new_empty(*x.shape[:-1], n)
-    bias = None if bias is None else bias.contiguous()  # named: it must outlive the call
-    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
-    native.lora_decode(
-        x.data_ptr(), w.data_ptr(), a.data_ptr(), b.data_ptr(),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        m, k, n, r, sx, w.stride()[0], a.stride()[0], b.stride()[0], n,
-        scale, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
-    )  # fmt: skip
-    return y
-
-
 # --- custom ops ---------------------------------------------------------------------------------
 
 _lib = torch.library.Library("fusedpeft", "FRAGMENT")
@@ -174,15 +80,15 @@ def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
         from fusedpeft.kernels.lora import lora_fwd
 
         return lora_fwd(x, w, a, b, scale, bias, dropout_p, seed)
-    return _aten_fwd(x, w, a, b, bias, seed, scale, dropout_p)
+    return aten_fwd(x, w, a, b, bias, seed, scale, dropout_p)
 
 
 def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
     if impl == "":
-        ok = dropout_p == 0.0 and _native_ok(x, w, a, b)
+        ok = dropout_p == 0.0 and native_ok(x, w, a, b)
         impl = choose_impl(x.device.type, x.shape[0], False, ok)[0]
     if impl == "native":
-        return _native_fwd(x, w, a, b, bias, scale)
+        return native_fwd(x, w, a, b, bias, scale)
     return _forward(x, w, a, b, bias, seed, scale, dropout_p, impl)[0]
 
 
@@ -193,7 +99,7 @@ def _backward(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
 
         grads = lora_bwd(dy, x, w, a, b, s, scale, dropout_p, seed, *need)
         return tuple(dy.new_empty(0) if g is None else g for g in grads)
-    return _aten_bwd(dy, x, w, a, b, s, seed, scale, dropout_p, need)
+    return aten_bwd(dy, x, w, a, b, s, seed, scale, dropout_p, need)
 
 
 for _name, _fn in (
@@ -266,95 +172,15 @@ class _LoraLinear(torch.autograd.Function):
 def _is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
     """True in eager mode on ordinary tensors; compilers and subclasses need the dispatcher."""
     return (
-        type(x) in _PLAIN
-        and type(w) in _PLAIN
-        and type(a) in _PLAIN
-        and type(b) in _PLAIN
+        type(x) in PLAIN
+        and type(w) in PLAIN
+        and type(a) in PLAIN
+        and type(b) in PLAIN
         and not torch.compiler.is_compiling()
     )
 
 
 # --- public -------------------------------------------------------------------------------------
-
-
-def _is_sound(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
-    """Whether `_check` would pass CPU tensors, in 1 us instead of 3: each decoded token asks it.
-
-    False may also mean that it takes the long list to know.
-    """
-    try:
-        (n, k), (r, ak), (bn, br) = w.shape, a.shape, b.shape
-    except ValueError:
-        return False
-    return (
-        x.ndim > 0
-        and x.shape[-1] == k == ak
-        and bn == n
-        and br == r > 0
-        and x.dtype in DTYPE_CODES
-        and x.dtype == w.dtype
-        and a.dtype in DTYPE_CODES
-        and a.dtype == b.dtype
-        and (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
-        and (
-            bias is None
-            or (type(bias) in _PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
-            and bias.is_cpu
-        )
-    )
-
-
-def _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
-    for name, t, dims in (
-        ("x", x, "[*, K]"),
-        ("w", w, "[N, K]"),
-        ("a", a, "[R, K]"),
-        ("b", b, "[N, R]"),
-    ):  # noqa: E501
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a Tensor {dims}, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
-        if t.ndim != 2 and (t is not x or t.ndim < 1):
-            raise ValueError(f"{name}: expected {dims}, got shape {tuple(t.shape)}")
-    (n, k), r = w.shape, a.shape[0]
-    if x.shape[-1] != k:
-        raise ValueError(
-            f"x: expected last dim K = {k} (w is {tuple(w.shape)}), got {tuple(x.shape)}"
-        )  # noqa: E501
-    if r < 1:
-        raise ValueError("a: expected rank R >= 1, got 0")
-    if a.shape[1] != k:
-        raise ValueError(f"a: expected [R, {k}], got {tuple(a.shape)}")
-    if b.shape != (n, r):
-        raise ValueError(f"b: expected [N, R] = {(n, r)}, got {tuple(b.shape)}")
-    if w.dtype != x.dtype:
-        raise TypeError(f"w: expected dtype {x.dtype} (as x), got {w.dtype}; cast one, or autocast")
-    if b.dtype != a.dtype:
-        raise TypeError(f"b: expected dtype {a.dtype} (as a), got {b.dtype}")
-    for name, t in (("bias", bias), ("magnitude", magnitude)):
-        if t is not None and (t.shape != (n,) or t.device != x.device):
-            raise ValueError(
-                f"{name}: expected [{n}] on {x.device}, got {list(t.shape)} on {t.device}"
-            )
-    if bias is not None and bias.dtype != x.dtype:
-        raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    if impl is not None and impl not in _IMPLS:
-        raise ValueError(f"impl: expected one of {_IMPLS} or None, got {impl!r}")
-
-
-def _dora_factor(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
-    """magnitude / ‖W + scale·B A‖ by row, B·A never formed; the norm is a constant to autograd."""
-    with torch.no_grad():
-        wf, af, bf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, a, b))
-        cross = (bf * (wf @ af.t())).sum(1)
-        quad = ((bf @ (af @ af.t())) * bf).sum(1)
-        norm = (wf.square().sum(1) + 2 * scale * cross + scale**2 * quad).sqrt()
-    return magnitude / norm
 
 
 def lora_linear(
@@ -394,40 +220,28 @@ def lora_linear(
         bias = None if bias is None else bias.to(dtype)
     plain = _is_plain(x, w, a, b)
     usual = plain and impl is None and magnitude is None and dropout_p == 0.0
-    sound = usual and _is_sound(x, w, a, b, bias)
+    sound = usual and is_sound(x, w, a, b, bias)
     if not sound:
-        _check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
+        check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
     if magnitude is not None:
         y = lora_linear(x, w, a, b, scale, dropout_p=dropout_p, seed=seed, impl=impl)
-        y = (y * _dora_factor(w, a, b, scale, magnitude)).to(x.dtype)
+        y = (y * dora_factor(w, a, b, scale, magnitude)).to(x.dtype)
         return y if bias is None else y + bias
 
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w, a, b, bias) if t is not None
     )
-    if sound and not needs_grad and (k := w.shape[1]) > 0 and _native_ok(x, w, a, b):
+    if sound and not needs_grad and (k := w.shape[1]) > 0 and native_ok(x, w, a, b):
         if choose_impl("cpu", x.numel() // k, False)[0] == "native":
-            return _native_fwd(x, w, a, b, bias, float(scale))
+            return native_fwd(x, w, a, b, bias, float(scale))
 
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     if impl == "native":
-        _check_native(x2, w, a, b, needs_grad, dropout_p)
+        check_native(x2, w, a, b, needs_grad, dropout_p)
     args = (x2, w, a, b, bias, seed, float(scale), float(dropout_p), impl or "")
     if needs_grad:
         y = _LoraLinear.apply(*args) if plain else torch.ops.fusedpeft.lora_linear(*args)[0]
     else:
         y = (_infer if plain else torch.ops.fusedpeft.lora_linear_infer)(*args)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])
-
-
-def _check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p: float) -> None:
-    if needs_grad or p > 0.0:
-        raise ValueError("impl='native': expected no gradients and no dropout; use 'aten' to train")
-    if x.shape[0] > MAX_DECODE_TOKENS:
-        raise ValueError(f"impl='native': expected <= {MAX_DECODE_TOKENS} rows, got {x.shape[0]}")
-    if x.device.type != "cpu" or not _native_ok(x, w, a, b):
-        raise ValueError(
-            "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
-            f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"
-        )

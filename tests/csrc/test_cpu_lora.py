@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedpeft import ops
-from fusedpeft.ops import lora
+from fusedpeft.ops import lora_cpu
 
 
 def gradients(op, tensors, dy, p):
@@ -29,7 +29,7 @@ def draw(m: int, dtype: torch.dtype, adapter: torch.dtype):
 @pytest.mark.parametrize("adapter", ["same", "fp32"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_against_float64(check_accuracy, monkeypatch, dtype, adapter, p, slow):
-    monkeypatch.setattr(lora, "_SLOW_16_BIT", slow)
+    monkeypatch.setattr(lora_cpu, "_SLOW_16_BIT", slow)
     for m in (3, 63):
         tensors, dy = draw(m, dtype, torch.float32 if adapter == "fp32" else dtype)
         got = gradients(ops.lora_linear, tensors, dy, p)
@@ -43,19 +43,19 @@ def test_against_float64(check_accuracy, monkeypatch, dtype, adapter, p, slow):
 
 
 def test_which_products_are_widened(monkeypatch):
-    monkeypatch.setattr(lora, "_SLOW_16_BIT", True)
-    assert lora._widens(torch.empty(4, 2, dtype=torch.bfloat16))
-    assert lora._widens(torch.empty(4, 2, dtype=torch.float16))
-    assert not lora._widens(torch.empty(3, 2, dtype=torch.bfloat16))
-    assert not lora._widens(torch.empty(4, 2))
-    assert not lora._widens(torch.empty(4, 2, dtype=torch.bfloat16, device="meta"))
-    monkeypatch.setattr(lora, "_SLOW_16_BIT", False)
-    assert not lora._widens(torch.empty(4, 2, dtype=torch.bfloat16))
+    monkeypatch.setattr(lora_cpu, "_SLOW_16_BIT", True)
+    assert lora_cpu.widens(torch.empty(4, 2, dtype=torch.bfloat16))
+    assert lora_cpu.widens(torch.empty(4, 2, dtype=torch.float16))
+    assert not lora_cpu.widens(torch.empty(3, 2, dtype=torch.bfloat16))
+    assert not lora_cpu.widens(torch.empty(4, 2))
+    assert not lora_cpu.widens(torch.empty(4, 2, dtype=torch.bfloat16, device="meta"))
+    monkeypatch.setattr(lora_cpu, "_SLOW_16_BIT", False)
+    assert not lora_cpu.widens(torch.empty(4, 2, dtype=torch.bfloat16))
 
 
 def test_a_widened_product_stays_so_under_autocast(monkeypatch):
     """Else autocast would narrow the operands again, and the sums would differ."""
-    monkeypatch.setattr(lora, "_SLOW_16_BIT", True)
+    monkeypatch.setattr(lora_cpu, "_SLOW_16_BIT", True)
     (x, w, a, b, bias), dy = draw(63, torch.bfloat16, torch.bfloat16)
     want = gradients(ops.lora_linear, (x, w, a, b, bias), dy, 0.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -156,8 +156,8 @@ def test_a_frozen_base_costs_no_weight_gradient(monkeypatch):
     from fusedpeft.ops import lora
 
     asked = []
-    inner = lora._aten_bwd
-    monkeypatch.setattr(lora, "_aten_bwd", lambda *t: asked.append(t[-1]) or inner(*t))
+    inner = lora.aten_bwd
+    monkeypatch.setattr(lora, "aten_bwd", lambda *t: asked.append(t[-1]) or inner(*t))
     (x, w, a, b), _ = make(9, 16, 8, 4, torch.float32)
     ops.lora_linear(x, w, a.requires_grad_(), b.requires_grad_(), 0.5).sum().backward()
     assert asked == [[False, False, True, True, False]]

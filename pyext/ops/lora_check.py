@@ -1,0 +1,94 @@
+"""What `ops.lora_linear` asks of its arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
+from fusedpeft.ops.native import DTYPE_CODES
+
+IMPLS = ("native", "aten", "triton")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_sound(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
+    """Whether `check` would pass CPU tensors, in 1 us instead of 3: each decoded token asks it.
+
+    False may also mean that it takes the long list to know.
+    """
+    try:
+        (n, k), (r, ak), (bn, br) = w.shape, a.shape, b.shape
+    except ValueError:
+        return False
+    return (
+        x.ndim > 0
+        and x.shape[-1] == k == ak
+        and bn == n
+        and br == r > 0
+        and x.dtype in DTYPE_CODES
+        and x.dtype == w.dtype
+        and a.dtype in DTYPE_CODES
+        and a.dtype == b.dtype
+        and (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
+        and (
+            bias is None
+            or (type(bias) in PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
+            and bias.is_cpu
+        )
+    )
+
+
+def check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
+    for name, t, dims in (
+        ("x", x, "[*, K]"),
+        ("w", w, "[N, K]"),
+        ("a", a, "[R, K]"),
+        ("b", b, "[N, R]"),
+    ):  # noqa: E501
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor {dims}, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
+        if t.ndim != 2 and (t is not x or t.ndim < 1):
+            raise ValueError(f"{name}: expected {dims}, got shape {tuple(t.shape)}")
+    (n, k), r = w.shape, a.shape[0]
+    if x.shape[-1] != k:
+        raise ValueError(
+            f"x: expected last dim K = {k} (w is {tuple(w.shape)}), got {tuple(x.shape)}"
+        )  # noqa: E501
+    if r < 1:
+        raise ValueError("a: expected rank R >= 1, got 0")
+    if a.shape[1] != k:
+        raise ValueError(f"a: expected [R, {k}], got {tuple(a.shape)}")
+    if b.shape != (n, r):
+        raise ValueError(f"b: expected [N, R] = {(n, r)}, got {tuple(b.shape)}")
+    if w.dtype != x.dtype:
+        raise TypeError(f"w: expected dtype {x.dtype} (as x), got {w.dtype}; cast one, or autocast")
+    if b.dtype != a.dtype:
+        raise TypeError(f"b: expected dtype {a.dtype} (as a), got {b.dtype}")
+    for name, t in (("bias", bias), ("magnitude", magnitude)):
+        if t is not None and (t.shape != (n,) or t.device != x.device):
+            raise ValueError(
+                f"{name}: expected [{n}] on {x.device}, got {list(t.shape)} on {t.device}"
+            )
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
+
+
+def check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p: float) -> None:
+    if needs_grad or p > 0.0:
+        raise ValueError("impl='native': expected no gradients and no dropout; use 'aten' to train")
+    if x.shape[0] > MAX_DECODE_TOKENS:
+        raise ValueError(f"impl='native': expected <= {MAX_DECODE_TOKENS} rows, got {x.shape[0]}")
+    if x.device.type != "cpu" or not native_ok(x, w, a, b):
+        raise ValueError(
+            "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
+            f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"
+        )

@@ -1,0 +1,100 @@
+"""LoRA linear on a CPU: ATen for training and many tokens, C++ for decode. See lora.py."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.ops.dropout import dropout
+from fusedpeft.ops.native import DTYPE_CODES, native
+
+MAX_DECODE_TOKENS = 16  # rows that the C++ kernel takes; beyond, the GEMM of ATen is ahead
+
+# Below AVX-512 ATen has no fast product of bf16 or fp16 on x86: fp32, conversions and all, is ten
+# times faster, from a few tokens on.
+_SLOW_16_BIT = torch.backends.cpu.get_cpu_capability() == "AVX2"
+_WIDEN_TOKENS = 4
+
+
+def widens(x: Tensor) -> bool:
+    return _SLOW_16_BIT and x.is_cpu and x.element_size() == 2 and x.shape[0] >= _WIDEN_TOKENS
+
+
+def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.float() for t in tensors)
+
+
+def aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+    if widens(x):
+        with torch.autocast("cpu", enabled=False):
+            y, s = aten_fwd(*wide(x, w, a, b, bias), seed, scale, dropout_p)
+        return y.to(x.dtype), s.to(a.dtype)
+    y = F.linear(x, w, bias)
+    s = F.linear(dropout(x, dropout_p, seed).to(a.dtype), a)
+    if a.dtype == y.dtype:
+        y.addmm_(s, b.t(), alpha=scale)  # accumulates in place: no [M, N] temporary
+    else:
+        y += torch.mm(s, b.t()).mul_(scale)
+    return y, s
+
+
+def aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool]):
+    if widens(dy):
+        like = (dy, w, a, b, dy)
+        with torch.autocast("cpu", enabled=False):
+            grads = aten_bwd(*wide(dy, x, w, a, b, s), seed, scale, dropout_p, need)
+        return tuple(g.to(t.dtype) for g, t in zip(grads, like, strict=True))
+    need_x, need_w, need_a, need_b, need_bias = need
+    dx = dw = da = db = dbias = dy.new_empty(0)
+    dya = dy.to(a.dtype)
+    if need_x or need_a:
+        ds = torch.mm(dya, b).mul_(scale)
+    if need_x:
+        dx = torch.mm(dy, w)
+        if dropout_p == 0.0 and a.dtype == dx.dtype:
+            dx.addmm_(ds, a)
+        else:
+            dx += dropout(torch.mm(ds, a), dropout_p, seed)
+    if need_w:
+        dw = torch.mm(dy.t(), x)
+    if need_a:
+        da = torch.mm(ds.t(), dropout(x, dropout_p, seed).to(a.dtype))
+    if need_b:  # as its transpose, rows of which are long
+        db = torch.mm(s.t(), dya).mul_(scale).t().contiguous()
+    if need_bias:
+        dbias = dy.sum(0)
+    return dx, dw, da, db, dbias
+
+
+# --- C++ decode ---------------------------------------------------------------------------------
+
+
+def native_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
+    return (
+        native is not None
+        and x.dtype in DTYPE_CODES
+        and (a.dtype == x.dtype or a.dtype == torch.float32)
+        and (x.is_contiguous() or (x.ndim == 2 and x.stride()[1] == 1))
+        and w.stride()[1] == a.stride()[1] == b.stride()[1] == 1
+    )
+
+
+def native_fwd(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias, scale: float) -> Tensor:
+    """x [M, K], or contiguous [*, K] with K > 0: flattening costs as much as the call."""
+    n, r = b.shape
+    if x.ndim == 2:
+        (m, k), sx = x.shape, x.stride()[0]
+        y = x.new_empty(m, n)
+    else:
+        k = sx = w.shape[1]
+        m, y = x.numel() // k, x.new_empty(*x.shape[:-1], n)
+    bias = None if bias is None else bias.contiguous()  # named: it must outlive the call
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
+    native.lora_decode(
+        x.data_ptr(), w.data_ptr(), a.data_ptr(), b.data_ptr(),
+        0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        m, k, n, r, sx, w.stride()[0], a.stride()[0], b.stride()[0], n,
+        scale, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
+    )  # fmt: skip
+    return y
