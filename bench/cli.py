@@ -109,6 +109,7 @@ for _op, _what in (
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
+    ("soft_prompt", "ops.soft_prompt_embedding against concatenation and torch.compile."),
 ):
     _add(_op, _what)
 

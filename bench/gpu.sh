@@ -93,7 +93,8 @@ else
   importable || { SUMMARY+=("import: FAILED (fusedpeft._C does not import)") && FAILED=1; }
 fi
 
-rm -f "$OUT"/{environment,tests,lora}.json # an older run must not speak for this one
+# An older run must not speak for this one.
+rm -f "$OUT"/{environment,tests,lora,linear_logprob,adapter,prefix_attention,soft_prompt}.json
 step environment 60 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --device "$DEVICE" --root "$ROOT"
 
 TESTS=(-m gpu tests/gpu)
@@ -123,8 +124,13 @@ if [ "$DRY" = 1 ]; then
   step bench_lora 120 "$PYTHON" -m fusedpeft.bench lora --device cpu --seconds 0.05 \
     --case 'decode M4 768->768 bf16' --impl fusedpeft --json "$OUT/lora.json"
 else
-  step bench_lora 150 "$PYTHON" -m fusedpeft.bench lora --device cuda --seconds 0.4 \
-    --budget 125 --json "$OUT/lora.json"
+  # The first cases of each op are those with a bar; the rest of them where time is left.
+  step bench_lora 110 "$PYTHON" -m fusedpeft.bench lora --device cuda --seconds 0.4 \
+    --budget 90 --json "$OUT/lora.json"
+  for op in linear_logprob adapter prefix_attention soft_prompt; do
+    step "bench_$op" 45 "$PYTHON" -m fusedpeft.bench "$op" --device cuda --seconds 0.3 \
+      --budget 25 --json "$OUT/$op.json"
+  done
   ARCH=$(probe 'print("sm_90" if torch.cuda.get_device_capability()[0] >= 9 else "sm_80")')
   # Last of the long ones, as it alone needs no GPU.
   step aot 90 "$PYTHON" -m fusedpeft.bench aot --arch "$ARCH" --check --json "$OUT/aot.json" \

@@ -20,6 +20,7 @@ OPS = {
     "adapter": "fusedpeft.bench.bench_adapter",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
+    "soft_prompt": "fusedpeft.bench.bench_soft_prompt",
 }
 
 

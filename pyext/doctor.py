@@ -16,6 +16,7 @@ from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
+from fusedpeft.ops.soft_prompt import choose_impl as choose_soft_prompt_impl
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "lm_eval")
 
@@ -82,9 +83,14 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         impl, why = choose_prefix_impl(device)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
-    for op in ("linear_logprob", "linear_cross_entropy"):
+    by_dtype = {
+        "linear_logprob": choose_logprob_impl,
+        "linear_cross_entropy": choose_logprob_impl,
+        "soft_prompt_embedding": choose_soft_prompt_impl,
+    }
+    for op, choose in by_dtype.items():
         for device in ("cpu", "cuda"):
-            impl, why = choose_logprob_impl(device, torch.float32)
+            impl, why = choose(device, torch.float32)
             found.append({"op": op, "case": device.upper(), "impl": impl, "why": why})
     for op in ("ranking_loss", "pro_loss"):
         why = "a few numbers a candidate: plain torch"

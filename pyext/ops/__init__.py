@@ -10,6 +10,7 @@ from fusedpeft.ops.linear_logprob import (
 from fusedpeft.ops.lora import lora_linear, lora_linear_ref
 from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
 from fusedpeft.ops.prefix_attention import prefix_attention, prefix_attention_ref
+from fusedpeft.ops.soft_prompt import soft_prompt_embedding, soft_prompt_embedding_ref
 
 __all__ = [
     "bottleneck_adapter",
@@ -26,4 +27,6 @@ __all__ = [
     "pro_loss_ref",
     "ranking_loss",
     "ranking_loss_ref",
+    "soft_prompt_embedding",
+    "soft_prompt_embedding_ref",
 ]
