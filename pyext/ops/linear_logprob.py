@@ -14,14 +14,13 @@ idea of "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al. 20
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS_BYTES = 32 * 2**20  # one chunk of fp32 logits: fits the last-level caches of today's CPUs
-TILE_ROWS = 2048  # of backward: enough for a product, and the rest of the chunk is vocabulary
+from fusedpeft.ops.linear_logprob_aten import logprob_bwd, logprob_fwd
+
 _IMPLS = ("aten", "triton")
 
 
@@ -29,7 +28,8 @@ def linear_logprob_ref(
     h, w, labels, bias=None, *, ignore_index: int = -100, softcap=None, temperature=1.0
 ) -> Tensor:
     """The specification, in plain torch."""
-    z = _logits(h, w, bias)
+    z = F.linear(h, w, bias)
+    z = z if z.dtype == torch.float64 else z.float()
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     logp = (z / temperature).log_softmax(-1)
     keep = labels != ignore_index
@@ -52,134 +52,6 @@ def choose_impl(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if device_type == "cuda":
         return "aten", "the Triton kernels sum in fp32: fp64 takes chunks of ATen"
     return "aten", "chunks of ATen products: the whole logits are never in memory"
-
-
-# --- ATen ---------------------------------------------------------------------------------------
-
-
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    z = F.linear(h, w, bias)
-    return z if z.dtype == torch.float64 else z.float()
-
-
-def _cap_(z: Tensor, softcap: float, temperature: float) -> Tensor:
-    """cap(z) / temperature in place; softcap 0 is none."""
-    if softcap > 0.0:
-        return z.div_(softcap).tanh_().mul_(softcap / temperature)
-    return z if temperature == 1.0 else z.div_(temperature)
-
-
-def _slope(z: Tensor, softcap: float, temperature: float) -> Tensor:
-    """1 − tanh²(a / c), from z = c · tanh(a / c) / temperature."""
-    return z.mul(temperature / softcap).square_().neg_().add_(1.0)
-
-
-def _select(h: Tensor, labels: Tensor, ignore_index: int):
-    """Rows that count. On a CPU the others are never computed; a GPU would have to synchronise."""
-    keep = labels != ignore_index
-    if h.device.type == "cpu":
-        return keep.nonzero().squeeze(1), keep
-    return None, keep
-
-
-def _aten_fwd(h, w, labels, bias, ignore_index: int, softcap, temperature, need_u: bool):
-    """(log p [M], logsumexp [M], u [M, d] or empty); zeros where the label is ignored."""
-    m, v = h.shape[0], w.shape[0]
-    acc = torch.float64 if h.dtype == torch.float64 else torch.float32
-    logp, lse = h.new_zeros(m, dtype=acc), h.new_zeros(m, dtype=acc)
-    u = h.new_zeros(h.shape if need_u else 0)
-    rows, keep = _select(h, labels, ignore_index)
-    if rows is not None:
-        h, labels = h[rows], labels[rows]
-    # Out of range on a GPU: NaN for that row, never a read out of bounds (no host sync to raise).
-    bad = (labels < 0) | (labels >= v)
-    label = labels.clamp(0, v - 1)
-    step = max(1, LOGITS_BYTES // (4 * v))
-    for i in range(0, h.shape[0], step):
-        c = slice(i, i + step)
-        at = rows[c] if rows is not None else c
-        z = _cap_(_logits(h[c], w, bias), softcap, temperature)
-        z_label = z.gather(-1, label[c].unsqueeze(-1))
-        slope = _slope(z, softcap, temperature) if need_u and softcap > 0.0 else None
-        top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp_()  # in place, as all that follows: a chunk is all there is
-        total = e.sum(-1, keepdim=True)
-        lse_c = top + total.log()
-        lse[at] = lse_c.squeeze(-1)
-        logp[at] = (z_label - lse_c).squeeze(-1).masked_fill(bad[c], float("nan"))
-        if need_u:
-            e = e if slope is None else e.mul_(slope)
-            mean = (e.div_(total).to(w.dtype) @ w).to(acc)
-            own = w[label[c]].to(acc)
-            own = own if slope is None else own * _slope(z_label, softcap, temperature)
-            u[at] = ((own - mean) / temperature).to(u.dtype)
-    if rows is None:
-        logp, lse = logp.where(keep, 0.0), lse.where(keep, 0.0)
-        u = u.where(keep.unsqueeze(-1), 0.0) if need_u else u
-    return logp.to(h.dtype), lse, u
-
-
-def _tiles(m: int, v: int) -> Iterator[tuple[slice, list[slice]]]:
-    """Columns of the vocabulary, and for each all the rows: a tile is one chunk of logits."""
-    rows = max(1, min(m, TILE_ROWS))
-    columns = max(1, LOGITS_BYTES // (4 * rows))
-    for n in range(0, v, columns):
-        yield slice(n, n + columns), [slice(i, i + rows) for i in range(0, m, rows)]
-
-
-def _aten_bwd(g, h, w, labels, bias, lse, ignore_index, softcap, temperature, need: list[bool]):
-    """(dh, dw, dbias) by making the logits again; each empty where not needed."""
-    need_h, need_w, need_bias = need
-    shape, acc = h.shape, lse.dtype
-    rows, keep = _select(h, labels, ignore_index)
-    g = g.to(acc)
-    if rows is not None:
-        g, h, labels, lse = g[rows], h[rows], labels[rows], lse[rows]
-    else:  # p = 0 and h = 0 there, so that NaN in an ignored row reaches nothing
-        g, lse = g.where(keep, 0.0), lse.where(keep, float("inf"))
-        h = h.where(keep.unsqueeze(-1), 0.0)
-    dh = h.new_zeros(h.shape if need_h else 0, dtype=acc)
-    dw, dbias = (
-        w.new_empty(s if n else 0) for s, n in ((w.shape, need_w), (w.shape[0], need_bias))
-    )
-    for cols, chunks in _tiles(h.shape[0], w.shape[0]):
-        w_c, bias_c = w[cols], None if bias is None else bias[cols]
-        dw_c = torch.zeros_like(w_c, dtype=acc) if need_w else None
-        dbias_c = w_c.new_zeros(w_c.shape[0], dtype=acc)
-        for c in chunks:
-            z = _cap_(_logits(h[c], w_c, bias_c), softcap, temperature)
-            slope = _slope(z, softcap, temperature) if softcap > 0.0 else None
-            dz = z.sub_(lse[c].unsqueeze(-1)).exp_().mul_(-g[c].unsqueeze(-1))
-            at = labels[c] - cols.start
-            inside = (at >= 0) & (at < w_c.shape[0])
-            dz.scatter_add_(
-                1, at.where(inside, 0).unsqueeze(-1), g[c].where(inside, 0.0).unsqueeze(-1)
-            )
-            dz = dz if slope is None else dz.mul_(slope)
-            dz = dz if temperature == 1.0 else dz.div_(temperature)
-            if need_bias:
-                dbias_c += dz.sum(0)
-            dz = dz.to(w.dtype)
-            if need_h:
-                _add_product(dh[c], dz, w_c)
-            if need_w:
-                _add_product(dw_c, dz.t(), h[c])
-        if need_w:
-            dw[cols] = dw_c
-        if need_bias:
-            dbias[cols] = dbias_c
-    if need_h:
-        full = dh.new_zeros(shape, dtype=w.dtype)
-        full[slice(None) if rows is None else rows] = dh.to(w.dtype)
-        dh = full
-    return dh.to(w.dtype), dw, dbias
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
-    else:
-        out += a @ b
 
 
 # --- custom ops ---------------------------------------------------------------------------------
@@ -206,7 +78,7 @@ def _forward(h, w, labels, bias, ignore_index, softcap, temperature, need_u, imp
         from fusedpeft.kernels.linear_logprob import linear_logprob_fwd
 
         return linear_logprob_fwd(*args)
-    return _aten_fwd(*args)
+    return logprob_fwd(*args)
 
 
 def _backward(g, h, w, labels, bias, lse, ignore_index, softcap, temperature, need, impl):
@@ -215,7 +87,7 @@ def _backward(g, h, w, labels, bias, lse, ignore_index, softcap, temperature, ne
         from fusedpeft.kernels.linear_logprob import linear_logprob_bwd
 
         return linear_logprob_bwd(*args)
-    return _aten_bwd(*args)
+    return logprob_bwd(*args)
 
 
 _lib.impl("linear_logprob", _forward, "CompositeExplicitAutograd")

@@ -8,6 +8,7 @@ import torch
 from fusedpeft import ops
 
 module = importlib.import_module("fusedpeft.ops.linear_logprob")
+aten = importlib.import_module("fusedpeft.ops.linear_logprob_aten")
 
 DTYPES = [torch.float32, torch.bfloat16]
 OPTIONS = {"plain": {}, "softcap": {"softcap": 2.0}, "both": {"softcap": 1.5, "temperature": 0.7}}
@@ -38,8 +39,8 @@ def run(op, h, w, labels, bias, head, g, **kw):
 def test_against_float64(
     check_accuracy, monkeypatch, m, d, v, ignored, dtype, head, chunk_bytes, options
 ):
-    monkeypatch.setattr(module, "LOGITS_BYTES", chunk_bytes)
-    monkeypatch.setattr(module, "TILE_ROWS", 50)
+    monkeypatch.setattr(aten, "LOGITS_BYTES", chunk_bytes)
+    monkeypatch.setattr(aten, "TILE_ROWS", 50)
     kw = OPTIONS[options]
     h, w, labels, bias = make(m, d, v, dtype, ignored=ignored)
     g = torch.randn(m, generator=torch.Generator().manual_seed(5))
@@ -78,7 +79,7 @@ def test_softcap_and_temperature_are_what_models_do():
 @pytest.mark.parametrize("masked", [False, True], ids=["rows_picked", "rows_masked"])
 def test_ignored_rows_are_skipped_not_multiplied_by_zero(masked, monkeypatch):
     if masked:  # as on a GPU, where picking the rows would synchronise
-        monkeypatch.setattr(module, "_select", lambda h, t, ignored: (None, t != ignored))
+        monkeypatch.setattr(aten, "_select", lambda h, t, ignored: (None, t != ignored))
     h, w, labels, _ = make(6, 8, 10, torch.float32, bias=False, ignored=2)
     h[:2] = float("nan")
     h.requires_grad_(), w.requires_grad_()
@@ -116,7 +117,7 @@ def test_the_logits_never_exist_whole():
     for head in (False, True):
         Largest.numel = 0
         with pytest.MonkeyPatch.context() as patch, Largest():
-            patch.setattr(module, "LOGITS_BYTES", 4 * v * 32)
+            patch.setattr(aten, "LOGITS_BYTES", 4 * v * 32)
             run(ops.linear_logprob, h, w, labels, None, head, torch.ones(m))
         assert Largest.numel <= 32 * v < m * v / 4
 
