@@ -165,14 +165,17 @@ PAGE = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\ntail\n"
 
 def test_readme_table_comes_from_the_files_alone(root, capsys):
     peers = [ROW | {"impl": "peft", "ratio": 1.31}, ROW | {"impl": "reference", "ratio": 1.2}]
-    gpu_run(root, rows=[ROW, *peers, ROW | {"case": "fwd M16", "ratio": 0.9}])
+    floor = ROW | {"impl": "frozen", "ratio": 1.0}
+    gpu_run(root, rows=[ROW, *peers, floor, ROW | {"case": "fwd M16", "ratio": 0.9}])
     (root / "README.md").write_text(PAGE)
     assert readme.main(["--root", str(root), "--check"]) == 1
     assert (root / "README.md").read_text() == PAGE
     assert readme.main(["--root", str(root)]) == 0
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n") and text.endswith("tail\n") and "old" not in text
-    assert "| fwd M8 | bf16 | 12.5 | **1.03** | 1.31 | - | 1.20 | 81 |" in text
+    heads = "| toy | dtype | µs | × frozen | peft × frozen | reference × frozen | % of ceiling |"
+    assert heads in text
+    assert "| fwd M8 | bf16 | 12.5 | **1.03** | 1.31 | 1.20 | 81 |" in text
     assert "1 further shapes of toy: median 0.90 × frozen, worst 0.90 × (fwd M16, bf16)" in text
     assert "commit abc1234" in text and "driver 1.2" in text
     assert "verified on GPU X at abc1234: `kernels/toy.py`" in text
