@@ -63,7 +63,8 @@ def _lora_shrink_kernel(
     tl.store(s_ptrs, acc.to(s_ptr.dtype.element_ty), mask=row_ok[:, None] & r_ok[None, :])
 
 
-def _shrink(x: Tensor, a: Tensor, s: Tensor, dropout_p: float, seed: Tensor | None, config) -> None:
+def shrink(x: Tensor, a: Tensor, s: Tensor, dropout_p: float, seed: Tensor | None, config) -> None:
+    """s = drop(x) aᵀ."""
     (M, K), R = x.shape, a.shape[0]
     dropout = dropout_p > 0.0
     grid = (triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(R, config["BLOCK_R"]))
@@ -103,6 +104,6 @@ def lora_fwd(
     fuse = cfg["fuse_shrink"]
     bias = None if bias is None else bias.contiguous()
     if not fuse:
-        _shrink(x, a, s, dropout_p, seed, cfg["shrink"])
+        shrink(x, a, s, dropout_p, seed, cfg["shrink"])
     lora_gemm(x, w.t(), a.t(), b.t(), s, y, scale, cfg["gemm"], bias=bias, fuse_s=fuse)
     return y, s

@@ -25,6 +25,13 @@ SPECS = {
         rank="R stride_sm",
         wgmma=True,
     ),
+    "gemm_add": Spec(
+        lora_gemm._lora_gemm_kernel,
+        unit="stride_xk stride_wn stride_ar stride_bn",
+        types=_SEED,
+        ragged="threshold",
+        wgmma=True,
+    ),
     "shrink": Spec(
         lora._lora_shrink_kernel,
         unit="stride_xk stride_ak",

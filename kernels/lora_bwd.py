@@ -115,7 +115,7 @@ def _lora_da_kernel(
     tl.store(da_ptrs, tl.trans(acc), mask=r_ok[:, None] & k_ok[None, :])
 
 
-def _pass_over_dy(dy, b, s, need_t: bool, need_db: bool, need_dbias: bool, config, splits: int):
+def pass_over_dy(dy, b, s, need_t: bool, need_db: bool, need_dbias: bool, config, splits: int):
     """Partials (t [splits,M,R], db [row blocks,N,R], dbias [row blocks,N]) in fp32."""
     (M, N), R = dy.shape, b.shape[1]
     blocks = triton.cdiv(M, config["BLOCK_M"])
@@ -135,7 +135,7 @@ def _pass_over_dy(dy, b, s, need_t: bool, need_db: bool, need_dbias: bool, confi
     return t, db, dbias
 
 
-def _pass_over_x(x, t, dropout_p: float, seed: Tensor | None, config, splits: int) -> Tensor:
+def pass_over_x(x, t, dropout_p: float, seed: Tensor | None, config, splits: int) -> Tensor:
     """Partials of da [splits, R, K] in fp32."""
     (M, K), R = x.shape, t.shape[1]
     rows = triton.cdiv(triton.cdiv(M, splits), config["BLOCK_M"]) * config["BLOCK_M"]
@@ -185,7 +185,7 @@ def lora_bwd(
     need_t = need_dx or need_da
     dx = dw = da = db = dbias = t = None
     if need_t or need_db or need_dbias:
-        parts = _pass_over_dy(
+        parts = pass_over_dy(
             dy, b, s if need_db else dy, need_t, need_db, need_dbias, cfg["dsdb"],
             cfg["dsdb_splits"],
         )  # fmt: skip
@@ -196,7 +196,7 @@ def lora_bwd(
         if need_dbias:
             dbias = ordered_sum(parts[2], dy.dtype, 1.0)
     if need_da:
-        parts = _pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+        parts = pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
         da = ordered_sum(parts, a.dtype, scale)
     if need_dx:
         dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)

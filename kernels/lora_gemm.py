@@ -1,6 +1,6 @@
 """The GEMM that carries a low-rank update: forward's y and backward's dx are both this kernel.
 
-    out[M, N] = x[M, K] Wt[K, N] + bias + drop(scale · s[M, R] Bt[R, N])
+    out[M, N] = x[M, K] Wt[K, N] + bias + drop(scale · s[M, R] Bt[R, N])   (+ out: ACCUMULATE)
 
 Forward: W as given, s = drop(x)Aᵀ, B as given, no mask on the update. Backward dx: x is dy, W and
 A enter by their transposed strides, s is dy·B, and the update takes the mask of (row, column).
@@ -32,6 +32,7 @@ def _lora_gemm_kernel(
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sm, stride_om,
     HAS_BIAS: tl.constexpr, FUSE_S: tl.constexpr, DROPOUT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, HOLD: tl.constexpr,
 ):  # fmt: skip
@@ -100,18 +101,22 @@ def _lora_gemm_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + cols, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & col_ok[None, :])
+    out_ok = row_ok[:, None] & col_ok[None, :]
+    if ACCUMULATE:
+        acc += tl.load(out_ptrs, mask=out_ok, other=0.0).to(tl.float32)
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_ok)
 
 
 def lora_gemm(
     x: Tensor, wt: Tensor, at: Tensor, bt: Tensor, s: Tensor, out: Tensor, scale: float,
     config: dict, *, bias: Tensor | None = None, fuse_s: bool = False,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None, accumulate: bool = False,
 ) -> None:  # fmt: skip
     """out = x @ wt + bias + drop(scale · s @ bt), shapes [M,K] [K,N] [K,R] [R,N] [M,R] -> [M,N].
 
     All strides free but those of `s` and `out`, whose rows are contiguous. With fuse_s, s = x @ at
-    is written too; else it is read. Needs M, N ≥ 1.
+    is written too; else it is read. accumulate adds to what `out` holds. Needs
+    M, N ≥ 1; R may be 0.
     """
     (M, K), N, R = x.shape, wt.shape[1], bt.shape[0]
     dropout = dropout_p > 0.0
@@ -123,5 +128,6 @@ def lora_gemm(
             M, N, K, R,
             x.stride(0), x.stride(1), wt.stride(1), wt.stride(0), at.stride(1), at.stride(0),
             bt.stride(1), bt.stride(0), s.stride(0), out.stride(0),
-            HAS_BIAS=bias is not None, FUSE_S=fuse_s, DROPOUT=dropout, **config,
+            HAS_BIAS=bias is not None, FUSE_S=fuse_s, DROPOUT=dropout,
+            ACCUMULATE=accumulate, **config,
         )  # fmt: skip

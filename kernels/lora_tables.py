@@ -80,7 +80,8 @@ def _skinny(arch: str, elem_bytes: int) -> dict:
     return dict(num_warps=4, num_stages=2 if arch == "gfx942" or elem_bytes == 4 else 3)
 
 
-def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
+def shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
+    """Rows enough to give half of the SMs a block, else 16."""
     rows = 64 if -(-M // 64) >= SMS[arch] // 2 else 16
     k = 32 if elem_bytes == 4 else 128 if arch != "sm_80" else 64
     cfg = dict(BLOCK_M=rows, BLOCK_K=k, BLOCK_R=block_r(R, elem_bytes))
@@ -88,6 +89,20 @@ def _shrink_config(M: int, R: int, arch: str, elem_bytes: int) -> dict:
     if rows * cfg["BLOCK_R"] > 1024 and arch != "gfx942":
         cfg["num_warps"] = 8  # four spill under dropout; on gfx942 eight do
     return cfg
+
+
+def add_config(M: int, N: int, arch: str, elem_bytes: int) -> dict:
+    """Of the GEMM that adds to dx a further projection's share, without an update."""
+    return gemm_config(M, N, 17, arch, elem_bytes)
+
+
+def strided_rank(rank: int, first: int, total: int) -> int:
+    """The rank to choose a tile by where S is `total` wide and this rank starts at `first`.
+
+    The tiles of a multiple of 16 take wide loads of S for granted; where a neighbour's rank has
+    spoilt these, the tiles of the rank beside it do not.
+    """
+    return rank - (rank > 0 and rank % 16 == 0 and (first % 16 > 0 or total % 16 > 0))
 
 
 def _fuse_shrink(M: int, N: int, R: int, dropout: bool) -> bool:
@@ -105,7 +120,7 @@ def lora_fwd_config(
     return {
         "fuse_shrink": fuse,
         "gemm": gemm_config(M, N, R, arch, elem_bytes, fuse=fuse),
-        "shrink": None if fuse else _shrink_config(M, R, arch, elem_bytes),
+        "shrink": None if fuse else shrink_config(M, R, arch, elem_bytes),
     }
 
 
@@ -181,12 +196,16 @@ def lora_configs(arch: str) -> list[dict]:
             f = lora_fwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
             g = lora_bwd_config(m, n, n, r, arch, dropout=p, elem_bytes=sizes[0])
             fuse, wide = f["fuse_shrink"], r % 16 == 0
+            plain = dict(HAS_BIAS=False, FUSE_S=False, DROPOUT=False, ACCUMULATE=False)
             for bias in (True, False):
-                add("gemm", sizes, wide, f["gemm"], HAS_BIAS=bias, FUSE_S=fuse, DROPOUT=False)
+                add("gemm", sizes, wide, f["gemm"], **{**plain, "HAS_BIAS": bias, "FUSE_S": fuse})
             if not fuse:
                 add("shrink", sizes, wide, f["shrink"], DROPOUT=p)
-            add("gemm_dx", sizes, wide, g["gemm"], HAS_BIAS=False, FUSE_S=False, DROPOUT=p)
-            add("da", (sizes[0], sizes[0]), wide, g["da"], DROPOUT=p)
+            add("gemm_dx", sizes, wide, g["gemm"], **{**plain, "DROPOUT": p})
+            own = (sizes[0], sizes[0])
+            more = add_config(m, n, arch, sizes[0])
+            add("gemm_add", own, True, more, **{**plain, "ACCUMULATE": True})
+            add("da", own, wide, g["da"], DROPOUT=p)
             for t, b, c in _NEEDS:
                 add("dsdb", sizes, wide, g["dsdb"], NEED_DS=t, NEED_DB=b, NEED_DBIAS=c)
         add("sum", (sizes[1], 4), True, SUM_CONFIG)

@@ -184,7 +184,7 @@ def test_the_predictions_quote_the_committed_table():
     forward = lora_fwd_config(8192, 4096, 4096, 16, "sm_90")
     backward = lora_bwd_config(8192, 4096, 4096, 16, "sm_90")
     needs = {"NEED_DS": True, "NEED_DB": True, "NEED_DBIAS": False}
-    gemm = {"HAS_BIAS": False, "FUSE_S": False, "DROPOUT": False}
+    gemm = dict.fromkeys(("HAS_BIAS", "FUSE_S", "DROPOUT", "ACCUMULATE"), False)
     wanted = {
         "shrink": ("shrink", forward["shrink"], {"DROPOUT": False}),
         "GEMM, y": ("gemm", forward["gemm"], gemm),

@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed, dropout_ref
-from fusedpeft.ops.lora_check import PLAIN, check, check_native, is_sound
+from fusedpeft.ops.lora_check import PLAIN, check, check_native, check_quantised, is_sound
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
+from fusedpeft.ops.lora_quantised import lora_quantised
+from fusedpeft.ops.quantised import QuantisedWeight
 
 
 def lora_linear_ref(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantisedWeight,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -31,6 +33,7 @@ def lora_linear_ref(
     magnitude: Tensor | None = None,
 ) -> Tensor:
     """The specification, in plain torch. The adapter is computed in its own dtype, as in PEFT."""
+    w = w.dequantise(x.dtype) if isinstance(w, QuantisedWeight) else w
     dropped = dropout_ref(x.reshape(-1, x.shape[-1]), dropout_p, seed).view(x.shape)
     y = F.linear(x, w) + scale * F.linear(F.linear(dropped.to(a.dtype), a), b)
     if magnitude is not None:
@@ -185,7 +188,7 @@ def _is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
 
 def lora_linear(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | QuantisedWeight,
     a: Tensor,
     b: Tensor,
     scale: float,
@@ -205,7 +208,10 @@ def lora_linear(
     dropout_p drops elements of x on the adapter's path only; the mask is a function of `seed` (an
     int, an int64 tensor of one element, or None: drawn from torch's generator) and is recomputed in
     backward, never stored. magnitude [N] makes it DoRA: y = (m/‖W + scale·BA‖)·(…) + bias, the norm
-    by row, held constant in backward (Liu et al. 2024, §4.3).
+    by row, held constant in backward (Liu et al. 2024, §4.3) and kept until w, a or b is written in
+    place (through `.data` nobody sees it: `lora_dora.forget_norms`).
+
+    w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form ("aten", "triton").
 
     impl: None chooses by device and shape (`fusedpeft doctor` shows it); "native" (C++ decode, CPU,
     at most 16 rows, no gradients), "aten", "triton" force one.
@@ -213,20 +219,29 @@ def lora_linear(
     Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
     ValueError with the expected and the given value before anything is launched.
     """
+    quantised, given = isinstance(w, QuantisedWeight), (w, a, b)
     device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, w, a, b = (t.to(dtype) for t in (x, w, a, b))
+        x, a, b = (t.to(dtype) for t in (x, a, b))
+        w = w if quantised else w.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     plain = _is_plain(x, w, a, b)
     usual = plain and impl is None and magnitude is None and dropout_p == 0.0
     sound = usual and is_sound(x, w, a, b, bias)
-    if not sound:
+    if quantised:
+        check_quantised(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
+    elif not sound:
         check(x, w, a, b, bias, scale, dropout_p, magnitude, impl)
     if magnitude is not None:
         y = lora_linear(x, w, a, b, scale, dropout_p=dropout_p, seed=seed, impl=impl)
-        y = (y * dora_factor(w, a, b, scale, magnitude)).to(x.dtype)
+        y = (y * dora_factor(*given, scale, magnitude)).to(x.dtype)
         return y if bias is None else y + bias
+
+    if quantised:
+        seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
+        rest = (a, b, bias, seed, float(scale), float(dropout_p), impl or "")
+        return lora_quantised(x.reshape(-1, x.shape[-1]), w, *rest).view(*x.shape[:-1], -1)
 
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w, a, b, bias) if t is not None

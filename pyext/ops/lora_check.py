@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
 from fusedpeft.ops.native import DTYPE_CODES
+from fusedpeft.ops.quantised import QuantisedWeight
 
 IMPLS = ("native", "aten", "triton")
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -82,6 +85,17 @@ def check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
 
 
+def check_quantised(x, w: QuantisedWeight, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
+    """`check`, with a matrix that takes no memory in the place of w."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor [*, K], got {type(x).__name__}")
+    if w.device != x.device:
+        raise ValueError(f"w: expected device {x.device} (as x), got {w.device}")
+    if impl == "native":
+        raise ValueError("impl: expected 'aten', 'triton' or None for a quantised w, got 'native'")
+    check(x, x.new_empty(()).expand(w.shape), a, b, bias, scale, dropout_p, magnitude, impl)
+
+
 def check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p: float) -> None:
     if needs_grad or p > 0.0:
         raise ValueError("impl='native': expected no gradients and no dropout; use 'aten' to train")
@@ -92,3 +106,27 @@ def check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p
             "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
             f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"
         )
+
+
+def check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl) -> None:
+    lists = dict(ws=ws, as_=as_, bs=bs, scales=scales, biases=biases, magnitudes=magnitudes)
+    for name, values in lists.items():
+        if not isinstance(values, Sequence):
+            raise TypeError(f"{name}: expected a list or tuple, got {type(values).__name__}")
+        if len(values) != len(ws):
+            raise ValueError(f"{name}: expected {len(ws)} entries (as ws), got {len(values)}")
+    if not any(a is not None for a in as_):
+        raise ValueError("as_: expected at least one adapter, got none")
+    dtype = next(a.dtype for a in as_ if isinstance(a, Tensor))
+    for i, (w, a, b, scale, bias, m) in enumerate(zip(*lists.values(), strict=True)):
+        try:
+            if (a is None) != (b is None) or (a is None and m is not None):
+                raise ValueError("a, b: expected both or neither, and no magnitude without them")
+            if a is None and isinstance(w, Tensor) and w.ndim == 2:  # the linear alone
+                a = w.new_empty(1, w.shape[1], dtype=dtype)
+                b = w.new_empty(w.shape[0], 1, dtype=dtype)
+            check(x, w, a, b, bias, scale, dropout_p, m, impl)
+            if a.dtype != dtype:
+                raise TypeError(f"a: expected dtype {dtype} (as the others), got {a.dtype}")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"projection {i}: {error}") from None

@@ -67,6 +67,73 @@ def aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list
     return dx, dw, da, db, dbias
 
 
+# --- ATen, several projections of one x: see lora_multi.py ---------------------------------------
+
+
+def _same(t: Tensor | None) -> Tensor | None:
+    return t
+
+
+def _float(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.float()
+
+
+@torch.autocast("cpu", enabled=False)
+def aten_multi_fwd(x, ws, as_, bs, biases, seed, scales, p: float) -> tuple[list[Tensor], Tensor]:
+    up = _float if widens(x) else _same  # W by W: one fp32 copy at a time
+    x_up, a = up(x), up(torch.cat(as_))
+    s = F.linear(dropout(x_up, p, seed).to(a.dtype), a)
+    ys = []
+    parts = s.split([r.shape[0] for r in as_], 1)
+    for w, b, bias, part, scale in zip(ws, bs, biases, parts, scales, strict=True):
+        y = F.linear(x_up, up(w), up(bias))
+        if a.dtype == y.dtype:
+            y.addmm_(part, up(b).t(), alpha=scale)
+        else:
+            y += torch.mm(part, b.t()).mul_(scale)
+        ys.append(y.to(x.dtype))
+    return ys, s.to(as_[0].dtype)
+
+
+@torch.autocast("cpu", enabled=False)
+def aten_multi_bwd(dys, x, ws, as_, bs, s, seed, scales, p: float, need_x: bool, need):
+    up = _float if widens(dys[0]) else _same
+    need_w, need_a, need_b, need_bias = need
+    dtype, like = as_[0].dtype, dys[0]
+    none = like.new_empty(0)
+    dys = [up(dy) for dy in dys]
+    a, ranks = up(torch.cat(as_)), [a.shape[0] for a in as_]
+    side = [dy.to(a.dtype) for dy in dys]
+    dx, das = none, [none] * len(ws)
+    if need_x or any(need_a):
+        rows = zip(side, bs, scales, strict=True)
+        ds = torch.cat([torch.mm(dy, up(b)).mul_(scale) for dy, b, scale in rows], 1)
+    if need_x:
+        dx = torch.mm(dys[0], up(ws[0]))
+        for dy, w in zip(dys[1:], ws[1:], strict=True):
+            dx.addmm_(dy, up(w))
+        if p == 0.0 and a.dtype == dx.dtype:
+            dx.addmm_(ds, a)
+        else:
+            dx += dropout(torch.mm(ds, a), p, seed)
+    x = up(x)
+    if any(need_a):
+        da = torch.mm(ds.t(), dropout(x, p, seed).to(a.dtype)).to(dtype)
+        das = [g.clone() if n else none for g, n in zip(da.split(ranks), need_a, strict=True)]
+    parts = up(s).split(ranks, 1) if any(need_b) else [none] * len(ws)
+    dws = [
+        torch.mm(dy.t(), x).to(like.dtype) if n else none for dy, n in zip(dys, need_w, strict=True)
+    ]
+    dbs = [  # as the transpose, rows of which are long
+        torch.mm(part.t(), dy).mul_(scale).t().to(dtype).contiguous() if n else none
+        for part, dy, scale, n in zip(parts, side, scales, need_b, strict=True)
+    ]
+    dbiases = [
+        dy.sum(0).to(like.dtype) if n else none for dy, n in zip(dys, need_bias, strict=True)
+    ]
+    return dx.to(like.dtype), dws, das, dbs, dbiases
+
+
 # --- C++ decode ---------------------------------------------------------------------------------
 
 

@@ -1,16 +1,75 @@
-"""The norm that DoRA divides by (Liu et al. 2024, eq. 5 and §4.3)."""
+"""The norm that DoRA divides by (Liu et al. 2024, eq. 5 and §4.3), B·A never formed:
+
+    ‖w_n + s·b_n A‖² = ‖w_n‖² + 2s · b_n·(W Aᵀ)_n + s² · b_n (A Aᵀ) b_nᵀ      w_n, b_n rows of W, B
+
+It reads all of W, and changes only when a parameter does: it is kept until then, once per B. Micro-
+batches, recomputation under checkpointing and generation take it from there.
+"""
 
 from __future__ import annotations
 
+import weakref
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.quantised import QuantisedWeight
 
 
-def dora_factor(w: Tensor, a: Tensor, b: Tensor, scale: float, magnitude: Tensor) -> Tensor:
-    """magnitude / ‖W + scale·B A‖ by row, B·A never formed; the norm is a constant to autograd."""
+class _Kept(NamedTuple):
+    owners: list[weakref.ref]
+    state: tuple
+    norm: Tensor
+
+
+_kept = WeakIdKeyDictionary()  # B -> _Kept; gone when B is
+
+
+def forget_norms() -> None:
+    """For code that writes parameters through `.data`, which leaves their version as it was."""
+    _kept.clear()
+
+
+def _norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + scale·B A‖ by row, in fp32 at least; W in 4 or 8 bits some rows at a time."""
+    if isinstance(w, QuantisedWeight):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return torch.cat([_norm(rows, a, b[at], scale) for at, rows in w.chunks(dtype)])
+    wf, af, bf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, a, b))
+    cross = (bf * (wf @ af.t())).sum(1)
+    quad = ((bf @ (af @ af.t())) * bf).sum(1)
+    return (wf.square().sum(1) + 2 * scale * cross + scale**2 * quad).sqrt()
+
+
+def _owner(t: Tensor) -> Tensor:
+    """The tensor that lives on: a view such as `weight.t()` is made for each call."""
+    return t if t._base is None else t._base
+
+
+def _kept_norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    tensors = [*(w.parts() if isinstance(w, QuantisedWeight) else [w]), a, b]
+    if torch.compiler.is_compiling() or any(
+        type(t) not in PLAIN or t.is_inference() for t in tensors
+    ):  # no versions to go by
+        return _norm(w, a, b, scale)
+    owners, key = [_owner(t) for t in tensors], _owner(b)
+    state = (scale, *((t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors))
+    kept = _kept.get(key)
+    if kept is not None and kept.state == state:
+        if all(ref() is t for ref, t in zip(kept.owners, owners, strict=True)):
+            return kept.norm
+    norm = _norm(w, a, b, scale)
+    _kept[key] = _Kept([weakref.ref(t) for t in owners], state, norm)
+    return norm
+
+
+def dora_factor(
+    w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
+) -> Tensor:
+    """magnitude / ‖W + scale·B A‖ by row; the norm is a constant to autograd."""
     with torch.no_grad():
-        wf, af, bf = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (w, a, b))
-        cross = (bf * (wf @ af.t())).sum(1)
-        quad = ((bf @ (af @ af.t())) * bf).sum(1)
-        norm = (wf.square().sum(1) + 2 * scale * cross + scale**2 * quad).sqrt()
+        norm = _kept_norm(w, a, b, scale)
     return magnitude / norm

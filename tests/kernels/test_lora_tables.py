@@ -6,10 +6,14 @@ import pytest
 
 from fusedpeft.kernels.lora_tables import (
     ARCHS,
+    add_config,
     block_r,
+    gemm_config,
     lora_bwd_config,
     lora_configs,
     lora_fwd_config,
+    shrink_config,
+    strided_rank,
 )
 
 
@@ -51,6 +55,35 @@ def test_a_fused_shrink_holds_the_whole_rank(arch, r):
             assert f["fuse_shrink"] == (f["shrink"] is None)
             assert not f["fuse_shrink"] or r <= f["gemm"]["BLOCK_R"]
             assert not lora_fwd_config(m, n, 4096, r, arch, dropout=True)["fuse_shrink"]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_choice_for_several_projections_is_listed(arch):
+    rng = random.Random(1)
+    known = listed(arch)
+    for _ in range(1000):
+        m, n, k = (int(2 ** rng.uniform(0, 17)) for _ in range(3))
+        ranks = [rng.choice((0, 1, 8, 16, 24, 64, 100)) for _ in range(3)]
+        total, size = sum(ranks), rng.choice((2, 4))
+        by = strided_rank(ranks[1], ranks[0], total)
+        chosen = [("gemm", ("HAS_BIAS",), gemm_config(m, n, by, arch, size))]
+        chosen.append(("gemm_add", ("ACCUMULATE",), add_config(m, k, arch, size)))
+        if total > 0:
+            chosen.append(("shrink", (), shrink_config(m, total, arch, size)))
+        if ranks[1] > 0:
+            dsdb = lora_bwd_config(m, n, k, by, arch, elem_bytes=size)["dsdb"]
+            chosen.append(("dsdb", ("NEED_DB", "NEED_DS"), dsdb))
+        for kernel, flags, config in chosen:
+            key = (kernel, size, flags, tuple(sorted(config.items())))
+            assert key in known, (m, n, k, ranks, key)
+
+
+def test_a_neighbours_rank_spoils_the_wide_loads_of_a_multiple_of_16():
+    assert strided_rank(16, 16, 48) == 16 and strided_rank(64, 0, 64) == 64
+    assert strided_rank(16, 8, 32) == 15  # starts between two lines
+    assert strided_rank(16, 0, 24) == 15  # rows of S do
+    assert strided_rank(12, 8, 20) == 12 and strided_rank(0, 8, 24) == 0
+    assert all(block_r(r - 1, 2) == block_r(r, 2) for r in (16, 32, 64, 128))
 
 
 def test_splits_never_exceed_the_work():

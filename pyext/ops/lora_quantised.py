@@ -1,0 +1,156 @@
+"""`ops.lora_linear` over a frozen base in 4 or 8 bits (quantised.py), which is never in memory as a
+whole in another form: on a CPU some rows of it are at a time, in the Triton kernels tiles.
+
+    y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ,    dx = dy W + drop(scale · dy B A)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.ops.dropout import dropout
+from fusedpeft.ops.quantised import NF4_CODE, QuantisedWeight
+
+
+def _up(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+# --- ATen ---------------------------------------------------------------------------------------
+
+
+def _aten_fwd(x, weight: QuantisedWeight, a, b, bias, seed, scale: float, p: float):
+    dtype = _up(x)  # W comes out of its codes in fp32, and 16-bit sums over chunks would round
+    x_up = x.to(dtype)
+    s = F.linear(dropout(x_up, p, seed), a.to(dtype))
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
+    for at, w in weight.chunks(dtype):
+        torch.mm(x_up, w.t(), out=y[:, at])
+    y.addmm_(s, b.to(dtype).t(), alpha=scale)
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype), s.to(_up(a))
+
+
+def _aten_bwd(dy, x, weight: QuantisedWeight, a, b, s, seed, scale: float, p: float, need):
+    need_x, need_a, need_b, need_bias = need
+    dx = da = db = dbias = dy.new_empty(0)
+    dtype = _up(dy)
+    dy_up = dy.to(dtype)
+    if need_x or need_a:
+        ds = torch.mm(dy_up, b.to(dtype)).mul_(scale)
+    if need_x:
+        dx = dropout(torch.mm(ds, a.to(dtype)), p, seed)
+        for at, w in weight.chunks(dtype):
+            dx.addmm_(dy_up[:, at], w)
+        dx = dx.to(dy.dtype)
+    if need_a:
+        da = torch.mm(ds.t(), dropout(x.to(dtype), p, seed)).to(a.dtype)
+    if need_b:
+        db = torch.mm(s.to(dtype).t(), dy_up).mul_(scale).t().to(b.dtype).contiguous()
+    if need_bias:
+        dbias = dy_up.sum(0).to(dy.dtype)
+    return dx, da, db, dbias
+
+
+# --- custom ops ---------------------------------------------------------------------------------
+
+_lib = torch.library.Library("fusedpeft", "FRAGMENT")
+_lib.define(
+    "lora_linear_quantised(Tensor x, Tensor[] parts, int[] layout, Tensor a, Tensor b, "
+    "Tensor? bias, Tensor? seed, float scale, float dropout_p, str impl) -> (Tensor, Tensor)"
+)
+_lib.define(
+    "lora_linear_quantised_backward(Tensor dy, Tensor x, Tensor[] parts, int[] layout, Tensor a, "
+    "Tensor b, Tensor s, Tensor? seed, float scale, float dropout_p, bool[] need, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _use_triton(t: Tensor, impl: str) -> bool:
+    return impl == "triton" or (impl == "" and t.is_cuda)
+
+
+def _for_kernel(parts: list[Tensor], layout: list[int]) -> tuple[int, tuple[float, ...]]:
+    """(step, code) as kernels/lora_quantised.py takes them."""
+    if layout[2]:
+        return layout[2].bit_length() - 1, NF4_CODE
+    return int(parts[1].numel() > 1), ()
+
+
+def _forward(x, parts, layout, a, b, bias, seed, scale, dropout_p, impl):
+    if _use_triton(x, impl):
+        from fusedpeft.kernels.lora_quantised import lora_quantised_fwd
+
+        how = _for_kernel(parts, layout)
+        return lora_quantised_fwd(x, parts, *how, layout[0], a, b, scale, bias, dropout_p, seed)
+    weight = QuantisedWeight.from_parts(parts, layout)
+    return _aten_fwd(x, weight, a, b, bias, seed, scale, dropout_p)
+
+
+def _backward(dy, x, parts, layout, a, b, s, seed, scale, dropout_p, need, impl):
+    dy = dy.contiguous()
+    if _use_triton(dy, impl):
+        from fusedpeft.kernels.lora_quantised import lora_quantised_bwd
+
+        how = _for_kernel(parts, layout)
+        grads = lora_quantised_bwd(dy, x, parts, *how, a, b, s, scale, dropout_p, seed, *need)
+        return tuple(dy.new_empty(0) if g is None else g for g in grads)
+    weight = QuantisedWeight.from_parts(parts, layout)
+    return _aten_bwd(dy, x, weight, a, b, s, seed, scale, dropout_p, need)
+
+
+_lib.impl("lora_linear_quantised", _forward, "CompositeExplicitAutograd")
+_lib.impl("lora_linear_quantised_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusedpeft::lora_linear_quantised")
+def _(x, parts, layout, a, b, bias, seed, scale, dropout_p, impl):
+    m = x.shape[0]
+    return x.new_empty(m, layout[0]), a.new_empty(m, a.shape[0], dtype=_up(a))
+
+
+@torch.library.register_fake("fusedpeft::lora_linear_quantised_backward")
+def _(dy, x, parts, layout, a, b, s, seed, scale, dropout_p, need, impl):
+    shapes = ((dy, (dy.shape[0], layout[1])), (a, a.shape), (b, b.shape), (dy, dy.shape[1:]))
+    rows = zip(shapes, need, strict=True)
+    return tuple(t.new_empty(shape if n else 0) for (t, shape), n in rows)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, parts, ctx.layout, a, b, _, seed, ctx.scale, ctx.dropout_p, ctx.impl = inputs
+    count = len(parts)
+    flat = ctx.needs_input_grad  # x, each of the parts, layout, a, b, bias, …
+    ctx.need = [flat[0], flat[count + 2], flat[count + 3], flat[count + 4]]
+    ctx.set_materialize_grads(False)
+    x = x if ctx.need[1] else x.new_empty(0)
+    s = output[1] if ctx.need[2] else x.new_empty(0)
+    ctx.save_for_backward(x, a, b, s, seed, *parts)
+
+
+def _gradients(ctx, dy: Tensor | None, _ds) -> tuple:
+    x, a, b, s, seed, *parts = ctx.saved_tensors
+    none = [None] * len(parts)
+    if dy is None:
+        return None, none, *(None,) * 8
+    args = (dy, x, parts, ctx.layout, a, b, s, seed, ctx.scale, ctx.dropout_p, ctx.need, ctx.impl)
+    grads = torch.ops.fusedpeft.lora_linear_quantised_backward(*args)
+    dx, da, db, dbias = (g if n else None for g, n in zip(grads, ctx.need, strict=True))
+    return dx, none, None, da, db, dbias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "fusedpeft::lora_linear_quantised", _gradients, setup_context=_setup_context
+)
+
+
+def lora_quantised(
+    x: Tensor, weight: QuantisedWeight, a: Tensor, b: Tensor, bias: Tensor | None,
+    seed: Tensor | None, scale: float, dropout_p: float, impl: str,
+) -> Tensor:  # fmt: skip
+    """x [M, K] -> y [M, N]: what `ops.lora_linear` calls once all is checked. Saved: x, and S in
+    fp32."""
+    args = (weight.parts(), weight.layout, a, b, bias, seed, scale, dropout_p, impl)
+    return torch.ops.fusedpeft.lora_linear_quantised(x, *args)[0]
