@@ -17,6 +17,7 @@ from fusedpeft.errors import InputError
 BUSY = 0.5  # load average of a machine that is not quiet
 OPS = {
     "lora": "fusedpeft.bench.bench_lora",
+    "lora_multi": "fusedpeft.bench.bench_lora_multi",
     "adapter": "fusedpeft.bench.bench_adapter",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
