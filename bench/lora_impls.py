@@ -1,5 +1,8 @@
 """The contestants of the LoRA bench: ours, plain torch in three forms, PEFT's module, Unsloth.
 
+On CUDA ours runs twice: as it chooses by itself, and as cuBLAS with an accumulating pass ("aten"),
+so that a run says for which shapes the other choice would be the better one.
+
 Everyone computes y = x Wᵀ + scale·(x Aᵀ) Bᵀ from the same tensors and answers to the same float64
 reference; the frozen linear y = x Wᵀ is the floor and answers to its own.
 """
@@ -20,7 +23,8 @@ from fusedpeft.bench.harness import Call, Case, Expected, Impl, cold_sets
 from fusedpeft.ops import lora_linear, lora_linear_ref
 
 FLOOR = "frozen"
-ALL = ("fusedpeft", "reference", "addmm", "torch.compile", "peft", "unsloth", FLOOR)
+ATEN = "fusedpeft aten"
+ALL = ("fusedpeft", ATEN, "reference", "addmm", "torch.compile", "peft", "unsloth", FLOOR)
 SCALE = 2.0
 
 
@@ -58,6 +62,10 @@ def _fusedpeft(x: Tensor, s: Weights) -> Tensor:
     return lora_linear(x, s.w, s.a, s.b, SCALE)
 
 
+def _fusedpeft_aten(x: Tensor, s: Weights) -> Tensor:
+    return lora_linear(x, s.w, s.a, s.b, SCALE, impl="aten")
+
+
 def _unsloth(x: Tensor, s: Weights) -> Tensor:
     from unsloth.kernels.fast_lora import LoRA_W  # patches transformers: only where asked for
 
@@ -87,6 +95,7 @@ def missing(device: torch.device) -> dict[str, str]:
         gone["peft"] = "not installed"
     if device.type != "cuda":
         gone["unsloth"] = "CUDA only"
+        gone[ATEN] = "on a CPU it is what fusedpeft takes by itself"
     elif not importlib.util.find_spec("unsloth"):
         gone["unsloth"] = "not installed"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -185,6 +194,7 @@ def make_case(
 
     plain: dict[str, Forward] = {
         "fusedpeft": _fusedpeft,
+        ATEN: _fusedpeft_aten,
         "reference": _reference,
         "addmm": _addmm,
         "unsloth": _unsloth,
