@@ -241,7 +241,7 @@ def lora_linear(
     if quantised:
         seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
         rest = (a, b, bias, seed, float(scale), float(dropout_p), impl or "")
-        return lora_quantised(x.reshape(-1, x.shape[-1]), w, *rest).view(*x.shape[:-1], -1)
+        return lora_quantised(x.reshape(-1, x.shape[-1]), w, *rest).view(*x.shape[:-1], w.shape[0])
 
     needs_grad = torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w, a, b, bias) if t is not None

@@ -3,7 +3,9 @@
     ‖w_n + s·b_n A‖² = ‖w_n‖² + 2s · b_n·(W Aᵀ)_n + s² · b_n (A Aᵀ) b_nᵀ      w_n, b_n rows of W, B
 
 It reads all of W, and changes only when a parameter does: it is kept until then, once per B. Micro-
-batches, recomputation under checkpointing and generation take it from there.
+batches, recomputation under checkpointing and generation take it from there. That a parameter has
+changed is seen by its version, its address and its owner; fused optimisers leave all three as they
+were, so a step of any torch.optim.Optimizer forgets every norm.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fusedpeft.ops.lora_check import PLAIN
@@ -28,9 +31,12 @@ class _Kept(NamedTuple):
 _kept = WeakIdKeyDictionary()  # B -> _Kept; gone when B is
 
 
-def forget_norms() -> None:
+def forget_norms(*_: object) -> None:
     """For code that writes parameters through `.data`, which leaves their version as it was."""
     _kept.clear()
+
+
+register_optimizer_step_post_hook(forget_norms)
 
 
 def _norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -50,7 +56,7 @@ def _owner(t: Tensor) -> Tensor:
 
 
 def _kept_norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    tensors = [*(w.parts() if isinstance(w, QuantisedWeight) else [w]), a, b]
+    tensors = [*(w.tensors() if isinstance(w, QuantisedWeight) else [w]), a, b]
     if torch.compiler.is_compiling() or any(
         type(t) not in PLAIN or t.is_inference() for t in tensors
     ):  # no versions to go by
@@ -70,6 +76,6 @@ def dora_factor(
     w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
 ) -> Tensor:
     """magnitude / ‖W + scale·B A‖ by row; the norm is a constant to autograd."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
         norm = _kept_norm(w, a, b, scale)
     return magnitude / norm

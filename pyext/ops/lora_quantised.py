@@ -87,7 +87,8 @@ def _forward(x, parts, layout, a, b, bias, seed, scale, dropout_p, impl):
         how = _for_kernel(parts, layout)
         return lora_quantised_fwd(x, parts, *how, layout[0], a, b, scale, bias, dropout_p, seed)
     weight = QuantisedWeight.from_parts(parts, layout)
-    return _aten_fwd(x, weight, a, b, bias, seed, scale, dropout_p)
+    with torch.autocast(x.device.type, enabled=False):
+        return _aten_fwd(x, weight, a, b, bias, seed, scale, dropout_p)
 
 
 def _backward(dy, x, parts, layout, a, b, s, seed, scale, dropout_p, need, impl):
@@ -99,7 +100,8 @@ def _backward(dy, x, parts, layout, a, b, s, seed, scale, dropout_p, need, impl)
         grads = lora_quantised_bwd(dy, x, parts, *how, a, b, s, scale, dropout_p, seed, *need)
         return tuple(dy.new_empty(0) if g is None else g for g in grads)
     weight = QuantisedWeight.from_parts(parts, layout)
-    return _aten_bwd(dy, x, weight, a, b, s, seed, scale, dropout_p, need)
+    with torch.autocast(dy.device.type, enabled=False):
+        return _aten_bwd(dy, x, weight, a, b, s, seed, scale, dropout_p, need)
 
 
 _lib.impl("lora_linear_quantised", _forward, "CompositeExplicitAutograd")

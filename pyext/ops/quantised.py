@@ -36,11 +36,15 @@ class QuantisedWeight:
 
     @property
     def device(self) -> torch.device:
-        return self.parts()[0].device
+        return self.tensors()[0].device
 
     def parts(self) -> list[Tensor]:
         """Its tensors, from which `from_parts` makes it again."""
         raise NotImplementedError
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors as they were given."""
+        return self.parts()
 
     @property
     def layout(self) -> list[int]:
@@ -52,7 +56,7 @@ class QuantisedWeight:
         """The inverse of `parts` and `layout`."""
         n, k, size = layout
         if size == 0:
-            return FP8Weight(*parts)
+            return FP8Weight(parts[0].view(torch.float8_e4m3fn), parts[1])
         packed, absmax, *double = parts
         return NF4Weight(packed, absmax, (n, k), size, *double)
 
@@ -91,7 +95,7 @@ def _expect_shape(shape: tuple[int, int]) -> None:
 
 
 def _expect_one_device(weight: QuantisedWeight) -> None:
-    found = {str(t.device) for t in weight.parts()}
+    found = {str(t.device) for t in weight.tensors()}
     if len(found) > 1:
         raise ValueError(f"w: expected its tensors on one device, got {sorted(found)}")
 
@@ -197,8 +201,10 @@ class NF4Weight(QuantisedWeight):
         q = self.absmax[first:last]
         if not self.double:
             return q
-        coarse = torch.arange(first, last, device=q.device) // BLOCK2
-        return self.book[q.int()] * self.absmax2.reshape(-1)[coarse] + self.offset
+        low, high = first // BLOCK2, -(-last // BLOCK2)
+        coarse = self.absmax2.reshape(-1)[low:high].repeat_interleave(BLOCK2)
+        coarse = coarse[first - low * BLOCK2 :][: last - first]
+        return self.book.index_select(0, q.reshape(-1).int()) * coarse + self.offset
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         k, size, total = self.shape[1], self.block_size, self.shape[0] * self.shape[1]
@@ -208,8 +214,9 @@ class NF4Weight(QuantisedWeight):
         low, high = start // size, -(-stop // size)  # whole blocks, of which the ends are cut off
         codes = self.packed.reshape(-1)[low * size // 2 : min(high * size, total) // 2]
         code = torch.tensor(NF4_CODE, device=self.device)
-        pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)  # a byte's two
-        w = pairs.index_select(0, codes.int()).view(-1)
+        pairs = torch.stack((code.repeat_interleave(16), code.repeat(16)), 1)  # a byte's two,
+        pairs = pairs.view(torch.int64).view(-1)  # as one number: rows of two are slow to select
+        w = pairs.index_select(0, codes.int()).view(torch.float32)
         absmax = self.block_scales(low, high).unsqueeze(1)
         if w.numel() == absmax.numel() * size:
             w.view(-1, size).mul_(absmax)
@@ -244,6 +251,9 @@ class FP8Weight(QuantisedWeight):
         return tuple(self.data.shape)  # type: ignore[return-value]
 
     def parts(self) -> list[Tensor]:
+        return [self.data.view(torch.uint8), self.scale]  # bytes: few ops know the other
+
+    def tensors(self) -> list[Tensor]:
         return [self.data, self.scale]
 
     @property

@@ -1,0 +1,255 @@
+"""LoRA linear over a frozen base in 4 or 8 bits, which never leaves its codes in memory.
+
+    y[M,N] = x Wᵀ + bias + scale · S Bᵀ,  S = drop(x) Aᵀ      dx[M,K] = dy W + drop(scale · dy B A)
+
+W [N, K] is NF4 in the layout of bitsandbytes (QLoRA, Dettmers et al. 2023, §3), or float8_e4m3fn
+with a scale for all or one a row: see `fusedpeft.ops.quantised`. Both products are one kernel, that
+of lora_gemm.py with other loads of W: a step of the K loop reads the bytes of a tile, turns them
+into the input's dtype in registers, transposed in y's direction, and multiplies. S, dS, dA and dB
+are the dense base's kernels.
+
+Bytes of W a column of blocks: N·K/2 + 4·N·K/block (double: 1.016·N·K/block; FP8: N·K) instead of
+2·N·K. Work: an element costs a load of its code's value, which lies in L1, and some ten operations,
+in each of the M/BLOCK_M rows of blocks. At few tokens, where W's bytes are the floor, that is about
+what the bytes saved are worth; at thousands it is slower than dequantising W once would be, and
+needs no room for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fusedpeft.kernels.device import arch_of, on_device
+from fusedpeft.kernels.dropout import keep_mask, signed_threshold
+from fusedpeft.kernels.lora import shrink
+from fusedpeft.kernels.lora_bwd import pass_over_dy, pass_over_x
+from fusedpeft.kernels.lora_quantised_tables import quantised_config
+from fusedpeft.kernels.lora_tables import lora_bwd_config, shrink_config
+from fusedpeft.kernels.sums import ordered_sum
+
+
+@triton.jit
+def _nf4_tile(
+    w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr,
+    rows, pairs, ok, width, block_shift, DOUBLE: tl.constexpr,
+):  # fmt: skip
+    """w[rows, 2·pairs : 2·pairs + 2] in fp32, [len(rows), 2·len(pairs)]; finite where not `ok`."""
+    at = rows[:, None] * (width // 2) + pairs[None, :]
+    byte = tl.load(w_ptr + at, mask=ok, other=0).to(tl.int32)
+    block = at >> (block_shift - 1)
+    if DOUBLE:
+        q = tl.load(absmax_ptr + block, mask=ok, other=0).to(tl.int32)
+        coarse = tl.load(absmax2_ptr + (block >> 8), mask=ok, other=0.0)
+        absmax = tl.load(book_ptr + q) * coarse + tl.load(offset_ptr)
+    else:
+        absmax = tl.load(absmax_ptr + block, mask=ok, other=0.0)
+    high = tl.load(code_ptr + (byte >> 4)) * absmax
+    low = tl.load(code_ptr + (byte & 15)) * absmax
+    return tl.interleave(high, low)
+
+
+@triton.jit
+def _fp8_tile(w_ptr, scale_ptr, rows, cols, ok, width, scale_step):
+    """w[rows, cols] in fp32. By hand, as only some chips convert: e4m3fn moved to the places of
+    fp16 is 2^8 too small, subnormals included; the largest code is NaN."""
+    byte = tl.load(w_ptr + rows[:, None] * width + cols[None, :], mask=ok, other=0).to(tl.int32)
+    half = (((byte & 0x80) << 8) | ((byte & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
+    w = tl.where((byte & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0)
+    return w * tl.load(scale_ptr + rows * scale_step)[:, None]
+
+
+@triton.jit(do_not_specialize=["threshold"])
+def _lora_quantised_kernel(
+    x_ptr, w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr,
+    b_ptr, bias_ptr, s_ptr, out_ptr, seed_ptr,
+    scale, threshold, keep_scale,
+    M, N, K, R, step,
+    stride_xm, stride_xk, stride_bn, stride_br, stride_sm, stride_om,
+    FP8: tl.constexpr, DOUBLE: tl.constexpr, FORWARD: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """out = x Wt + bias + drop(scale · s Bt), Wt [K, N] the transpose of W (FORWARD) or W itself.
+
+    step: log2 of the block (NF4), or 1 where FP8 has a scale a row and 0 where one for all.
+    """
+    pid = tl.program_id(0)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = (pid // per_group) * GROUP_M
+    group_m = min(blocks_m - first_m, GROUP_M)
+    pid_m = first_m + (pid % per_group) % group_m
+    pid_n = (pid % per_group) // group_m
+
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows and columns past the end wrap to valid ones: the K loop needs no mask for them.
+    rows64 = (rows % M).to(tl.int64)
+    cols64 = (cols % N).to(tl.int64)
+    ks = tl.arange(0, BLOCK_K)
+    rs = tl.arange(0, BLOCK_R)
+
+    s_ptrs = s_ptr + rows64[:, None] * stride_sm + rs[None, :]
+    b_ptrs = b_ptr + cols64[None, :] * stride_bn + rs[:, None] * stride_br
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
+        r_ok = r0 + rs < R
+        s = tl.load(s_ptrs + r0, mask=r_ok[None, :], other=0.0)
+        b = tl.load(b_ptrs + r0 * stride_br, mask=r_ok[:, None], other=0.0)
+        acc = tl.dot((s * scale).to(dtype), b, acc, input_precision="ieee")
+    if DROPOUT:
+        keep = keep_mask(seed_ptr, rows, cols, threshold)
+        acc = tl.where(keep, acc * keep_scale, 0.0)
+
+    x_ptrs = x_ptr + rows64[:, None] * stride_xm + ks[None, :] * stride_xk
+    k_pairs = tl.arange(0, BLOCK_K // 2)
+    n_pairs = (pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)) % (N // 2)
+    for k0 in range(0, K, BLOCK_K):
+        k_ok = k0 + ks < K
+        x = tl.load(x_ptrs, mask=k_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        if FP8:
+            if FORWARD:
+                w = _fp8_tile(w_ptr, absmax_ptr, cols64, k0 + ks, k_ok[None, :], K, step)
+            else:
+                at = tl.minimum(k0 + ks, K - 1).to(tl.int64)
+                w = _fp8_tile(w_ptr, absmax_ptr, at, cols64, k_ok[:, None], N, step)
+        else:
+            if FORWARD:
+                w = _nf4_tile(
+                    w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr,
+                    cols64, k0 // 2 + k_pairs, (k0 // 2 + k_pairs < K // 2)[None, :],
+                    K, step, DOUBLE,
+                )  # fmt: skip
+            else:
+                w = _nf4_tile(
+                    w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr,
+                    (k0 + ks).to(tl.int64), n_pairs, k_ok[:, None], N, step, DOUBLE,
+                )  # fmt: skip
+        if FORWARD:
+            w = tl.trans(w)
+        acc = tl.dot(x, w.to(dtype), acc, input_precision="ieee")  # w [BLOCK_K, BLOCK_N]
+        x_ptrs += BLOCK_K * stride_xk
+
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * stride_om + cols[None, :]
+    out_ok = (rows < M)[:, None] & (cols < N)[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_ok)
+
+
+@functools.cache
+def _code(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The 16 values on the device, made once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def _gemm(
+    x: Tensor, parts: Sequence[Tensor], step: int, code: tuple[float, ...], forward: bool,
+    bt: Tensor, s: Tensor, out: Tensor, scale: float, *, bias: Tensor | None = None,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> None:  # fmt: skip
+    """out [M,N] = x [M,K] · (Wᵀ or W) + bias + drop(scale · s [M,R] bt [R,N])."""
+    (M, K), N, R = x.shape, out.shape[1], bt.shape[0]
+    fp8, dropout = not code, dropout_p > 0.0
+    w, absmax, *double = (t.reshape(-1) for t in parts)
+    book, absmax2, offset = double or (absmax,) * 3
+    config = quantised_config(M, N, arch_of(x.device), x.element_size(), dropout=dropout)
+    grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
+    with on_device(x):
+        _lora_quantised_kernel[grid](
+            x, w, absmax, book, absmax2, offset, absmax if fp8 else _code(code, x.device),
+            bt, out if bias is None else bias, s, out, seed if dropout else out,
+            scale, signed_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+            M, N, K, R, step,
+            x.stride(0), x.stride(1), bt.stride(1), bt.stride(0), s.stride(0), out.stride(0),
+            FP8=fp8, DOUBLE=bool(double), FORWARD=forward,
+            HAS_BIAS=bias is not None, DROPOUT=dropout, **config,
+        )  # fmt: skip
+
+
+def lora_quantised_fwd(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    step: int,
+    code: tuple[float, ...],
+    n: int,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y [M,N] in x's dtype, S [M,R] in fp32), both fresh.
+
+    parts, step, code: (packed, absmax[, book, absmax2, offset]), log2 of the block and the 16
+    values of NF4; or (bytes, scale), 1 for a scale a row and 0 for one, and () for FP8. x [M,K]
+    fp32, bf16 or fp16, a [R,K] and b [n,R] that or fp32. Any strides of x, a, b.
+    """
+    M, R = x.shape[0], a.shape[0]
+    y = torch.empty((M, n), dtype=x.dtype, device=x.device)
+    s = torch.empty((M, R), dtype=torch.float32, device=x.device)
+    if M == 0 or n == 0:
+        return y, s.zero_()
+    shrink(
+        x, a.float(), s, dropout_p, seed, shrink_config(M, R, arch_of(x.device), x.element_size())
+    )
+    bias = None if bias is None else bias.contiguous()
+    _gemm(x, parts, step, code, True, b.to(x.dtype).t(), s, y, scale, bias=bias)
+    return y, s
+
+
+def lora_quantised_bwd(
+    dy: Tensor,
+    x: Tensor,
+    parts: Sequence[Tensor],
+    step: int,
+    code: tuple[float, ...],
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    need_dx: bool = True,
+    need_da: bool = True,
+    need_db: bool = True,
+    need_dbias: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """(dx [M,K], da [R,K], db [N,R], dbias [N]), fresh, each in its parameter's dtype.
+
+    None where not needed, and then not computed. As `lora_bwd`, with forward's x and S.
+    """
+    (M, N), (R, K) = dy.shape, a.shape
+    if M == 0 or N == 0:
+        shapes = ((need_dx, dy, (M, K)), (need_da, a, (R, K)), (need_db, b, (N, R)))
+        shapes += ((need_dbias, dy, (N,)),)
+        return tuple(t.new_zeros(shape) if n else None for n, t, shape in shapes)
+    arch, size = arch_of(dy.device), dy.element_size()
+    cfg = lora_bwd_config(M, N, K, R, arch, elem_bytes=size)
+    need_t = need_dx or need_da
+    dx = da = db = dbias = t = None
+    if need_t or need_db or need_dbias:
+        sums = pass_over_dy(
+            dy, b.float(), s if need_db else dy, need_t, need_db, need_dbias, cfg["dsdb"],
+            cfg["dsdb_splits"],
+        )  # fmt: skip
+        t = ordered_sum(sums[0], torch.float32, 1.0) if need_t else None
+        db = ordered_sum(sums[1], b.dtype, scale) if need_db else None
+        dbias = ordered_sum(sums[2], dy.dtype, 1.0) if need_dbias else None
+    if need_da:
+        part = pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+        da = ordered_sum(part, a.dtype, scale)
+    if need_dx:
+        dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+        mask = dict(dropout_p=dropout_p, seed=seed)
+        _gemm(dy, parts, step, code, False, a.to(dy.dtype), t, dx, scale, **mask)
+    return dx, da, db, dbias
