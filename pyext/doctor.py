@@ -14,6 +14,7 @@ from fusedpeft import __version__
 from fusedpeft.ops import adapter
 from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
+from fusedpeft.ops.lora_quantised import choose_impl as choose_quantised_impl
 from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
 from fusedpeft.ops.soft_prompt import choose_impl as choose_soft_prompt_impl
@@ -77,8 +78,12 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
             impl, why = "raises", "triton is not installed: pip install triton"
         elif device == "cuda" and not cuda:
             why += "; no CUDA device here"
-        found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
+        for op in ("lora_linear", "lora_linear_multi"):
+            found.append({"op": op, "case": label, "impl": impl, "why": why})
     for device in ("cpu", "cuda"):
+        impl, why = choose_quantised_impl(device)
+        label = f"{device.upper()}, W in NF4 or FP8"
+        found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
         impl, why = adapter.choose_impl(device)
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         impl, why = choose_prefix_impl(device)

@@ -69,8 +69,15 @@ _lib.define(
 )
 
 
+def choose_impl(device_type: str) -> tuple[str, str]:
+    """(implementation, why) over a quantised base. Pure; `doctor` prints it."""
+    if device_type == "cuda":
+        return "triton", "W's tiles are dequantised in registers"
+    return "aten", "some rows of W are dequantised at a time; no C++ for decode yet"
+
+
 def _use_triton(t: Tensor, impl: str) -> bool:
-    return impl == "triton" or (impl == "" and t.is_cuda)
+    return (impl or choose_impl(t.device.type)[0]) == "triton"
 
 
 def _for_kernel(parts: list[Tensor], layout: list[int]) -> tuple[int, tuple[float, ...]]:

@@ -229,3 +229,10 @@ NF4, U8 = ops.NF4Weight.quantise(W), torch.uint8
 def test_bad_input(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_the_choice_of_implementation():
+    from fusedpeft.ops.lora_quantised import choose_impl
+
+    assert choose_impl("cpu")[0] == choose_impl("meta")[0] == "aten"
+    assert choose_impl("cuda")[0] == "triton"
