@@ -4,7 +4,8 @@
     dx = Σ dy_i W_i + drop(dS A),   dA = dSᵀ drop(x),   dB_i = scale_i · dy_iᵀ S_i,
     dS = [scale_1 · dy_1 B_1 | scale_2 · dy_2 B_2 | …]
 
-Forward: one shrink for all ranks, then the GEMM of lora_gemm.py for each projection. Backward: one
+Forward: one shrink for all ranks, then the GEMM of lora_gemm.py for each projection; up to 64
+tokens, where x is small and a launch is not, each GEMM makes its S_i in its K loop. Backward: one
 pass over each dy, one over x for all of dA; the first GEMM writes dx with the whole update of rank
 ΣR in it, the others add theirs to it.
 
@@ -29,10 +30,13 @@ from fusedpeft.kernels.lora_tables import (
     add_config,
     gemm_config,
     lora_bwd_config,
+    lora_fwd_config,
     shrink_config,
     strided_rank,
 )
 from fusedpeft.kernels.sums import ordered_sum
+
+FUSE_TOKENS = 64  # as for one projection: see lora.py
 
 
 def _columns(as_: Sequence[Tensor]) -> tuple[list[slice], list[int], int]:
@@ -68,13 +72,22 @@ def lora_multi_fwd(
     if M == 0:
         return ys, s
     arch, size = arch_of(x.device), x.element_size()
-    shrink(x, torch.cat(list(as_)), s, dropout_p, seed, shrink_config(M, total, arch, size))
+    fuse = M <= FUSE_TOKENS and all(
+        r == 0 or lora_fwd_config(M, w.shape[0], K, r, arch, dropout=dropout_p > 0.0,
+                                  elem_bytes=size)["fuse_shrink"]
+        for r, w in zip(by, ws, strict=True)
+    )  # fmt: skip
+    if not fuse:
+        shrink(x, torch.cat(list(as_)), s, dropout_p, seed, shrink_config(M, total, arch, size))
     for i, (w, y, bias) in enumerate(zip(ws, ys, biases, strict=True)):
         if (N := w.shape[0]) > 0:
-            cfg = gemm_config(M, N, by[i], arch, size)
+            own = fuse and by[i] > 0
+            cfg = gemm_config(M, N, by[i], arch, size, fuse=own)
             bias = None if bias is None else bias.contiguous()
-            part = s[:, slices[i]]
-            lora_gemm(x, w.t(), as_[i].t(), bs[i].t(), part, y, scales[i], cfg, bias=bias)
+            args = (x, w.t(), as_[i].t(), bs[i].t(), s[:, slices[i]], y, scales[i], cfg)
+            lora_gemm(*args, bias=bias, fuse_s=own)
+        elif fuse:
+            s[:, slices[i]] = 0  # no output, so no gradient will read it
     return ys, s
 
 

@@ -19,6 +19,7 @@ from fusedpeft.ops.dropout import keep_mask_ref
 SHAPES = {  # M, K, [(N, R)]
     "one_row": (1, 33, [(17, 1), (5, 3)]),
     "gate_up": (63, 129, [(65, 16), (65, 16)]),
+    "rows16_high_rank": (9, 65, [(33, 40), (24, 12), (17, 0)]),
     "qkv": (130, 150, [(129, 8), (33, 16), (40, 12)]),
     "no_adapter_in_the_middle": (20, 67, [(40, 4), (33, 0), (31, 64)]),
     "no_adapter_first": (20, 67, [(40, 0), (33, 7)]),
@@ -124,6 +125,18 @@ def test_every_table(arch, few_sms, monkeypatch):
     seed = torch.tensor([5])
     for p in (0.0, 0.25):
         check(ours(t, p, seed), t, p, seed)
+
+
+@pytest.mark.parametrize("m, launches", [(16, 0), (64, 0), (65, 1)])
+def test_few_tokens_need_no_shrink(m, launches, monkeypatch):
+    asked = []
+    inner = lora_multi.shrink
+    monkeypatch.setattr(lora_multi, "shrink", lambda *t: asked.append(1) or inner(*t))
+    t = make((m, 67, [(40, 8), (33, 16), (20, 0)]), torch.float32)
+    check(ours(t), t)
+    assert len(asked) == launches
+    check(ours(t, 0.25, torch.tensor([5])), t, 0.25, torch.tensor([5]))
+    assert len(asked) == launches + 1  # a mask is the shrink kernel's
 
 
 def test_fp32_adapters_beside_fp16():

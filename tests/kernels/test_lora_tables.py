@@ -68,6 +68,10 @@ def test_every_choice_for_several_projections_is_listed(arch):
         by = strided_rank(ranks[1], ranks[0], total)
         chosen = [("gemm", ("HAS_BIAS",), gemm_config(m, n, by, arch, size))]
         chosen.append(("gemm_add", ("ACCUMULATE",), add_config(m, k, arch, size)))
+        alone = lora_fwd_config(m, n, k, by, arch, elem_bytes=size)
+        if m <= 64 and ranks[1] > 0 and alone["fuse_shrink"]:
+            fused = gemm_config(m, n, by, arch, size, fuse=True)
+            chosen.append(("gemm", ("FUSE_S", "HAS_BIAS"), fused))
         if total > 0:
             chosen.append(("shrink", (), shrink_config(m, total, arch, size)))
         if ranks[1] > 0:
