@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed, dropout_ref
-from fusedpeft.ops.lora_check import PLAIN, check, check_native, check_quantised, is_sound
+from fusedpeft.ops.lora_check import check, check_native, check_quantised, is_plain, is_sound
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 from fusedpeft.ops.lora_quantised import lora_quantised
@@ -172,17 +172,6 @@ class _LoraLinear(torch.autograd.Function):
         return _gradients(ctx, dy, _backward)
 
 
-def _is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
-    """True in eager mode on ordinary tensors; compilers and subclasses need the dispatcher."""
-    return (
-        type(x) in PLAIN
-        and type(w) in PLAIN
-        and type(a) in PLAIN
-        and type(b) in PLAIN
-        and not torch.compiler.is_compiling()
-    )
-
-
 # --- public -------------------------------------------------------------------------------------
 
 
@@ -226,7 +215,7 @@ def lora_linear(
         x, a, b = (t.to(dtype) for t in (x, a, b))
         w = w if quantised else w.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    plain = _is_plain(x, w, a, b)
+    plain = is_plain(x, w, a, b)
     usual = plain and impl is None and magnitude is None and dropout_p == 0.0
     sound = usual and is_sound(x, w, a, b, bias)
     if quantised:
