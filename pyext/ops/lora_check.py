@@ -128,8 +128,12 @@ def check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl) -> 
             raise ValueError(f"{name}: expected {len(ws)} entries (as ws), got {len(values)}")
     if not any(a is not None for a in as_):
         raise ValueError("as_: expected at least one adapter, got none")
-    dtype = next(a.dtype for a in as_ if isinstance(a, Tensor))
+    dtype = next((a.dtype for a in as_ if isinstance(a, Tensor)), None)
+    usual = dropout_p == 0.0 and impl is None and not torch.compiler.is_compiling()
+    usual = usual and all(type(t) in PLAIN for t in (x, *ws, *as_, *bs))
     for i, (w, a, b, scale, bias, m) in enumerate(zip(*lists.values(), strict=True)):
+        if usual and m is None and is_sound(x, w, a, b, bias) and a.dtype == dtype:
+            continue
         try:
             if (a is None) != (b is None) or (a is None and m is not None):
                 raise ValueError("a, b: expected both or neither, and no magnitude without them")

@@ -78,9 +78,23 @@ def _float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float()
 
 
-@torch.autocast("cpu", enabled=False)
-def aten_multi_fwd(x, ws, as_, bs, biases, seed, scales, p: float) -> tuple[list[Tensor], Tensor]:
-    up = _float if widens(x) else _same  # W by W: one fp32 copy at a time
+def aten_multi_fwd(x, *rest) -> tuple[list[Tensor], Tensor]:
+    """([y_i [M, N_i]], S [M, ΣR]); see `_multi_fwd` for the arguments."""
+    if not widens(x):
+        return _multi_fwd(_same, x, *rest)
+    with torch.autocast("cpu", enabled=False):  # W by W: one fp32 copy at a time
+        return _multi_fwd(_float, x, *rest)
+
+
+def aten_multi_bwd(dys, *rest) -> tuple:
+    """(dx, [dW_i], [dA_i], [dB_i], [dbias_i]), empty where not needed; see `_multi_bwd`."""
+    if not widens(dys[0]):
+        return _multi_bwd(_same, dys, *rest)
+    with torch.autocast("cpu", enabled=False):
+        return _multi_bwd(_float, dys, *rest)
+
+
+def _multi_fwd(up, x, ws, as_, bs, biases, seed, scales, p: float):
     x_up, a = up(x), up(torch.cat(as_))
     s = F.linear(dropout(x_up, p, seed).to(a.dtype), a)
     ys = []
@@ -95,9 +109,7 @@ def aten_multi_fwd(x, ws, as_, bs, biases, seed, scales, p: float) -> tuple[list
     return ys, s.to(as_[0].dtype)
 
 
-@torch.autocast("cpu", enabled=False)
-def aten_multi_bwd(dys, x, ws, as_, bs, s, seed, scales, p: float, need_x: bool, need):
-    up = _float if widens(dys[0]) else _same
+def _multi_bwd(up, dys, x, ws, as_, bs, s, seed, scales, p: float, need_x: bool, need):
     need_w, need_a, need_b, need_bias = need
     dtype, like = as_[0].dtype, dys[0]
     none = like.new_empty(0)

@@ -233,7 +233,7 @@ def lora_linear_multi(
 
 def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Tensor]:
     """x [M, K]: DoRA and autocast are done with."""
-    tensors = [t for part in ((x,), ws, as_, bs, biases) for t in part if t is not None]
+    tensors = [t for t in (x, *ws, *as_, *bs, *biases) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if impl is None and not needs_grad and dropout_p == 0.0:
         trios = [t for t in zip(ws, as_, bs, strict=True) if t[1] is not None]
