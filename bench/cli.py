@@ -107,6 +107,7 @@ def _add(op: str, what: str) -> None:
 for _op, _what in (
     ("lora", "ops.lora_linear against plain torch, torch.compile, PEFT and the frozen linear."),
     ("lora_multi", "ops.lora_linear_multi against lora_linear for each and the frozen linears."),
+    ("lora_quantised", "ops.lora_linear over NF4 and FP8 against dequantising W in each call."),
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),

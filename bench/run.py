@@ -18,6 +18,7 @@ BUSY = 0.5  # load average of a machine that is not quiet
 OPS = {
     "lora": "fusedpeft.bench.bench_lora",
     "lora_multi": "fusedpeft.bench.bench_lora_multi",
+    "lora_quantised": "fusedpeft.bench.bench_lora_quantised",
     "adapter": "fusedpeft.bench.bench_adapter",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
