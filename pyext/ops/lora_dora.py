@@ -32,7 +32,8 @@ _kept = WeakIdKeyDictionary()  # B -> _Kept; gone when B is
 
 
 def forget_norms(*_: object) -> None:
-    """For code that writes parameters through `.data`, which leaves their version as it was."""
+    """For code that writes parameters without a trace: through `.data`, or by replaying a CUDA graph
+    with an optimiser's step in it."""
     _kept.clear()
 
 
@@ -50,6 +51,15 @@ def _norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Te
     return (wf.square().sum(1) + 2 * scale * cross + scale**2 * quad).sqrt()
 
 
+def _unknowable(t: Tensor) -> bool:
+    """No version to go by; or a CUDA graph is being captured, whose replays must make the norm."""
+    return type(t) not in PLAIN or t.is_inference() or (t.is_cuda and _capturing())
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _owner(t: Tensor) -> Tensor:
     """The tensor that lives on: a view such as `weight.t()` is made for each call."""
     return t if t._base is None else t._base
@@ -57,9 +67,7 @@ def _owner(t: Tensor) -> Tensor:
 
 def _kept_norm(w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float) -> Tensor:
     tensors = [*(w.tensors() if isinstance(w, QuantisedWeight) else [w]), a, b]
-    if torch.compiler.is_compiling() or any(
-        type(t) not in PLAIN or t.is_inference() for t in tensors
-    ):  # no versions to go by
+    if torch.compiler.is_compiling() or any(map(_unknowable, tensors)):
         return _norm(w, a, b, scale)
     owners, key = [_owner(t) for t in tensors], _owner(b)
     state = (scale, *((t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors))

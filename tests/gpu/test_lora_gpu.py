@@ -222,3 +222,25 @@ def test_torch_compile_fullgraph(p):
         results.append((y.detach(), *torch.autograd.grad(y, t, dy)))
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).abs().max() <= 2**-6 * eager.abs().max()
+
+
+def test_a_cuda_graph_makes_dora_norm_in_every_replay():
+    leaves, _ = make((64, 256, 128, 8), torch.bfloat16)
+    x, w, a, b, _ = leaves.values()
+    magnitude = torch.ones(256, device="cuda")
+
+    def call():
+        with torch.no_grad():
+            return ops.lora_linear(x, w, a, b, SCALE, magnitude=magnitude)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # compiles, and leaves a norm behind
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    b.mul_(3.0)
+    graph.replay()
+    assert torch.equal(y, call())

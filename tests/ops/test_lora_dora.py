@@ -167,6 +167,16 @@ def test_gone_with_its_parameter_and_none_for_inference_tensors(made):
     assert len(lora_dora._kept) == 0
 
 
+def test_nothing_is_kept_or_taken_where_a_graph_is_captured(made, monkeypatch):
+    x, w, a, b, m = make()
+    with torch.no_grad():
+        ours(x, w, a, b, m)
+        monkeypatch.setattr(lora_dora, "_unknowable", lambda t: True)
+        ours(x, w, a, b, m)
+        ours(x, w, a, b, m)
+    assert len(made) == 3
+
+
 def test_what_data_hides_is_forgotten_on_demand():
     t = make()
     is_right(*t)
