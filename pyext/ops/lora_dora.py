@@ -32,8 +32,8 @@ _kept = WeakIdKeyDictionary()  # B -> _Kept; gone when B is
 
 
 def forget_norms(*_: object) -> None:
-    """For code that writes parameters without a trace: through `.data`, or by replaying a CUDA graph
-    with an optimiser's step in it."""
+    """For code that writes parameters without a trace: through `.data`, or by replaying a CUDA
+    graph that an optimiser steps in."""
     _kept.clear()
 
 
