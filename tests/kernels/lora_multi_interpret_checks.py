@@ -12,6 +12,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
+from fusedpeft import ops
 from fusedpeft.kernels import lora_multi, lora_tables
 from fusedpeft.kernels.lora_tables import ARCHS
 from fusedpeft.ops.dropout import keep_mask_ref
@@ -184,3 +185,17 @@ def test_only_what_is_needed(which):
     for i, name in enumerate(NEEDS):
         assert got[f"{name}1"] is None and (got[f"{name}0"] is not None) == (i == which)
     assert torch.equal(got[f"{NEEDS[which]}0"], want[f"{NEEDS[which]}0"])
+
+
+def test_through_the_op():
+    """What autograd gets, with a frozen base and a projection without an adapter."""
+    x, ws, as_, bs, biases, dys = make((20, 33, [(40, 4), (24, 0), (17, 7)]), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, as_[0], as_[2], bs[0], bs[2], biases[1])]
+    as_[1] = bs[1] = None
+    seed = torch.tensor([3])
+    results = []
+    for op, more in ((ops.lora_linear_multi, {"impl": "triton"}), (ops.lora_linear_multi_ref, {})):
+        ys = op(x, ws, as_, bs, SCALES, biases, dropout_p=0.25, seed=seed, **more)
+        results.append((*ys, *torch.autograd.grad(ys, leaves, dys)))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
