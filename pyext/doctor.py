@@ -84,7 +84,7 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         impl, why = choose_quantised_impl(device)
         label = f"{device.upper()}, W in NF4 or FP8"
         found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
-        impl, why = adapter.choose_impl(device)
+        impl, why = adapter.choose_impl(device, torch.float32)
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         impl, why = choose_prefix_impl(device)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})

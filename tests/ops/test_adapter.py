@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedpeft import ops
-from fusedpeft.ops.adapter import ACTIVATIONS
+from fusedpeft.ops.adapter import ACTIVATIONS, choose_impl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "down_w", "down_b", "up_w", "up_b", "residual", "norm_weight", "norm_bias")
@@ -149,7 +149,7 @@ def test_gradcheck_and_opcheck(norm, residual):
 
     assert torch.autograd.gradcheck(fn, leaves)
     tensors = [t[k] if k != "residual" or residual == "other" else None for k in NAMES]
-    args = (*tensors, torch.tensor([3]), "tanh", norm or "", 1e-5, 0.7, 0.3, residual == "x")
+    args = (*tensors, torch.tensor([3]), "tanh", norm or "", 1e-5, 0.7, 0.3, residual == "x", "")
     torch.library.opcheck(torch.ops.fusedpeft.bottleneck_adapter, args)
 
 
@@ -232,7 +232,13 @@ def test_empty_input(norm):
     assert all(v.count_nonzero() == 0 and v.isfinite().all() for v in g.values())
 
 
-X, D, C, U, E = (torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2), (8,)))
+def test_what_each_device_takes():
+    assert choose_impl("cuda", torch.bfloat16)[0] == "triton"
+    for device, dtype in (("cuda", torch.float64), ("cpu", torch.bfloat16), ("xpu", torch.half)):
+        assert choose_impl(device, dtype)[0] == "aten"
+
+
+X, D, C, U, E = WIDTH_8 = [torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2), (8,))]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +264,8 @@ X, D, C, U, E = (torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2), (8,)))
         ((X, D, C, U, E), {"norm": "rms_norm", "norm_bias": E}, ValueError, r"None with rms_norm"),
         ((X, D, C, U, E), {"norm": "layer_norm", "norm_weight": C}, ValueError, r"weight: .*8"),
         ((X, D, C, U, E), {"dropout_p": 1.0}, ValueError, r"0 <= p < 1, got 1.0"),
-        ((X, D, C, U, E), {"impl": "triton"}, ValueError, r"impl: expected one of .*got 'triton'"),
+        ((X, D, C, U, E), {"impl": "cuda"}, ValueError, r"impl: expected one of .*got 'cuda'"),
+        ([t.double() for t in WIDTH_8], {"impl": "triton"}, TypeError, r"fp16, got torch.float64"),
     ],
 )  # fmt: skip
 def test_bad_input(args, kwargs, error, message):

@@ -1,0 +1,181 @@
+"""The bottleneck adapter on ATen, forward and backward: see adapter.py for the equations.
+
+The residual is the product's accumulator, a bias one of its columns, the norm never a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.ops.dropout import dropout
+
+_SLOPE = 0.01  # of leaky_relu, torch's default
+_aten = torch.ops.aten
+
+# name -> (value from P, gradient from the upstream one and P)
+_GELU_TANH = (
+    lambda p: F.gelu(p, approximate="tanh"),
+    lambda g, p: _aten.gelu_backward(g, p, approximate="tanh"),
+)
+_SILU = (F.silu, _aten.silu_backward)
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "relu": (F.relu, lambda g, p: _aten.threshold_backward(g, p, 0)),
+    "gelu": (F.gelu, _aten.gelu_backward),
+    "gelu_tanh": _GELU_TANH,
+    "gelu_new": _GELU_TANH,
+    "silu": _SILU,
+    "swish": _SILU,
+    "tanh": (torch.tanh, lambda g, p: _aten.tanh_backward(g, torch.tanh(p))),
+    "leaky_relu": (F.leaky_relu, lambda g, p: _aten.leaky_relu_backward(g, p, _SLOPE, False)),
+}
+
+
+def _compute_dtype(x: Tensor, w: Tensor, norm: str) -> torch.dtype:
+    """What the products run in. A CPU without 16-bit products is several times faster in fp32."""
+    dtype = torch.promote_types(x.dtype, w.dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
+        return dtype
+    if norm:
+        return torch.float32  # r·(x D'ᵀ − μ g) is a difference: not of rounded terms
+    if x.device.type == "cpu":
+        bf16 = dtype == torch.bfloat16
+        mkldnn = torch.ops.mkldnn
+        if not (mkldnn._is_mkldnn_bf16_supported if bf16 else mkldnn._is_mkldnn_fp16_supported)():
+            return torch.float32
+    return dtype
+
+
+def _fold(down_w, down_b, norm_w, norm_b, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """(D∘γ, c + D β) in `dtype`."""
+    w = down_w.to(dtype)
+    c = None if down_b is None else down_b.to(dtype)
+    if norm_b is not None:
+        beta = torch.mv(w, norm_b.to(dtype))
+        c = beta if c is None else c + beta
+    return w if norm_w is None else w * norm_w.to(dtype), c
+
+
+def _row_stats(x: Tensor, norm: str, eps: float) -> Tensor:
+    """[M, 2]: μ (0 under rms_norm) and 1/σ of each row."""
+    if x.shape[0] == 0:
+        return x.new_empty((0, 2))
+    if norm == "layer_norm":  # seven times as fast on a CPU as var_mean; its output is dropped
+        _, mean, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
+        return torch.cat((mean, rstd), 1)
+    square = torch.linalg.vector_norm(x, dim=1).square_().div_(x.shape[1])
+    return torch.stack((torch.zeros_like(square), square.add_(eps).rsqrt_()), 1)
+
+
+def _with_ones(h: Tensor) -> Tensor:
+    """[h | 1], so that a bias, or its gradient, is one more column of a product."""
+    return torch.cat((h, h.new_ones(h.shape[0], 1)), 1)
+
+
+_SHORT_SUM = (
+    128  # products that may accumulate on something: each of their steps rounds at its size
+)
+
+
+def _onto(base: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """base + alpha · a b, fresh."""
+    if a.shape[1] <= _SHORT_SUM:
+        return torch.addmm(base, a, b, alpha=alpha)  # no pass of its own over the sum
+    product = torch.mm(a, b)
+    return torch.add(base, product, alpha=alpha, out=product)
+
+
+def aten_fwd(
+    x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, seed,
+    activation: str, norm: str, eps: float, scale: float, dropout_p: float, add_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y [M, d], P [M, E] in the adapter's dtype, row statistics [M, 2] or empty)."""
+    dtype = _compute_dtype(x, down_w, norm)
+    xc = x.to(dtype)
+    w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
+    if norm:
+        stats = _row_stats(xc, norm, eps)
+        p = torch.mm(xc, w.t())
+        if norm == "layer_norm":
+            p.addr_(stats[:, 0], w.sum(1), alpha=-1.0)
+        p.mul_(stats[:, 1:])
+        p = p if c is None else p.add_(c)
+    else:
+        stats = x.new_empty((0, 2), dtype=stats_dtype(x))
+        p = F.linear(xc, w, c)
+    h = ACTIVATIONS[activation][0](p)
+    up = up_w.to(dtype)
+    base = x if add_x else residual
+    if dropout_p > 0.0:
+        u = dropout(F.linear(h, up, None if up_b is None else up_b.to(dtype)), dropout_p, seed)
+        y = u.mul_(scale) if base is None else u.mul_(scale).add_(base)
+    else:
+        if up_b is not None:
+            h, up = _with_ones(h), torch.cat((up, up_b.to(dtype)[:, None]), 1)
+        if base is None:
+            y = torch.mm(h, (up * scale).t())
+        else:
+            y = _onto(xc if add_x else base.to(dtype), h, up.t(), scale)
+    return y.to(x.dtype), p.to(down_w.dtype), stats
+
+
+def aten_bwd(
+    dy, x, down_w, down_b, up_w, norm_w, norm_b, p, stats, seed,
+    activation: str, norm: str, scale: float, dropout_p: float, add_x: bool, need: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of (x, D, c, U, e, γ, β), each in its parameter's dtype; empty where not needed."""
+    need_x, need_dw, need_db, need_uw, need_ub, need_nw, need_nb = need
+    dtype = _compute_dtype(dy, down_w, norm)
+    d = dy.shape[1]
+    p, du = p.to(dtype), dropout(dy.to(dtype), dropout_p, seed)
+    value, gradient = ACTIVATIONS[activation]
+    grads = [dy.new_empty(0)] * 7
+    grads[1:] = [down_w.new_empty(0)] * 6
+    if need_uw:
+        h = value(p)
+        g = torch.mm((_with_ones(h) if need_ub else h).t(), du).mul_(scale)  # [E (+ 1), d]
+        grads[3] = g[: p.shape[1]].t().to(up_w.dtype, memory_format=torch.contiguous_format)
+        if need_ub:
+            grads[4] = g[-1].to(up_w.dtype, copy=True)
+    elif need_ub:
+        grads[4] = du.sum(0).mul_(scale).to(up_w.dtype)
+    if not (need_x or need_dw or need_db or need_nw or need_nb):
+        return tuple(grads)
+
+    dp = gradient(torch.mm(du, up_w.to(dtype)).mul_(scale), p)
+    q = dp * stats[:, 1:] if norm else dp
+    dc = dp.sum(0) if need_db or need_nb or (need_dw and norm_b is not None) else None
+    if need_dw or need_nw:
+        xc = x.to(dtype)
+        dw = torch.mm(q.t(), xc)
+        if norm == "layer_norm":
+            dw.sub_(torch.mv(q.t(), stats[:, 0])[:, None])
+        if need_nw:
+            grads[5] = (dw * down_w).sum(0).to(down_w.dtype)
+        if need_dw:
+            dw = dw if norm_w is None else dw.mul_(norm_w)
+            if norm_b is not None:
+                dw.addr_(dc, norm_b.to(dtype))
+            grads[1] = dw.to(down_w.dtype)
+    if need_db:
+        grads[2] = dc.to(down_w.dtype)
+    if need_nb:
+        grads[6] = torch.mv(down_w.to(dtype).t(), dc).to(down_w.dtype)
+    if need_x:
+        w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
+        dx = _onto(dy.to(dtype), q, w) if add_x else torch.mm(q, w)
+        if norm:
+            row = (q * (p if c is None else p - c)).sum(1).div_(d)
+            alpha = row * stats[:, 1]
+            dx.addcmul_(x.to(dtype), alpha[:, None], value=-1.0)
+            if norm == "layer_norm":
+                dx.add_((alpha * stats[:, 0] - torch.mv(q, w.sum(1)).div_(d))[:, None])
+        grads[0] = dx.to(dy.dtype)
+    return tuple(grads)
+
+
+def stats_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
