@@ -28,6 +28,7 @@ def _aten_fwd(x, weight: QuantisedWeight, a, b, bias, seed, scale: float, p: flo
     y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
     for at, w in weight.chunks(dtype):
         torch.mm(x_up, w.t(), out=y[:, at])
+        del w  # before the next is made
     y.addmm_(s, b.to(dtype).t(), alpha=scale)
     if bias is not None:
         y += bias
@@ -45,6 +46,7 @@ def _aten_bwd(dy, x, weight: QuantisedWeight, a, b, s, seed, scale: float, p: fl
         dx = dropout(torch.mm(ds, a.to(dtype)), p, seed)
         for at, w in weight.chunks(dtype):
             dx.addmm_(dy_up[:, at], w)
+            del w
         dx = dx.to(dy.dtype)
     if need_a:
         da = torch.mm(ds.t(), dropout(x.to(dtype), p, seed)).to(a.dtype)

@@ -25,7 +25,7 @@ NF4_CODE = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 BLOCK2 = 256  # blocks that share an absmax2
-MAX_CHUNK_BYTES = 8 << 20  # of W that are ever dequantised at once on a CPU
+MAX_CHUNK_BYTES = 4 << 20  # of W that are ever dequantised at once on a CPU
 _E4M3_MAX = 448.0
 
 
@@ -273,4 +273,4 @@ class FP8Weight(QuantisedWeight):
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         scale = self.scale.reshape(-1)
         scale = scale if scale.numel() == 1 else scale[first:last]
-        return (self.data[first:last].float() * scale.view(-1, 1)).to(dtype)
+        return self.data[first:last].float().mul_(scale.view(-1, 1)).to(dtype)
