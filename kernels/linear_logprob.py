@@ -141,14 +141,13 @@ def linear_logprob_fwd(
     h: Tensor, w: Tensor, labels: Tensor, bias: Tensor | None, ignore_index: int,
     softcap: float, temperature: float, need_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(log p [M] in h's dtype, logsumexp [M] fp32, u [M, H] or empty), zeros for ignored rows.
+    """(log p [M] fp32, logsumexp [M] fp32, u [M, H] or empty), zeros for ignored rows.
 
     h [M, H] and w [V, H] share fp32, bf16 or fp16, any strides; labels int64 [M]; bias [V].
     softcap 0 is none. H, V ≥ 1.
     """
     (M, H), V = h.shape, w.shape[0]
-    logp = torch.empty(M, dtype=h.dtype, device=h.device)
-    lse = torch.empty(M, dtype=torch.float32, device=h.device)
+    logp, lse = (torch.empty(M, dtype=torch.float32, device=h.device) for _ in range(2))
     u = torch.empty((M, H) if need_u else 0, dtype=h.dtype, device=h.device)
     if M == 0:
         return logp, lse, u

@@ -6,7 +6,7 @@ from fusedpeft.kernels import linear_logprob_kernels as kernels
 from fusedpeft.kernels import sums
 from fusedpeft.kernels.aot import Spec
 
-_FP32 = "top total ref sum next_ref next_sum label_z lse dbias"
+_FP32 = "top total ref sum next_ref next_sum label_z lse dbias logp g"
 _TYPES = {f"{name}_ptr": "*fp32" for name in _FP32.split()}
 _TYPES |= {f"{name}_ptr": "*i64" for name in ("order", "count", "labels")}
 _TYPES |= dict.fromkeys(("softcap", "inv_temperature", "jump"), "fp32")

@@ -267,7 +267,7 @@ def _linear_logprob_finish_kernel(
         lse = tl.load(ref_ptr + row, mask=ok, other=0.0) + tl.log(total)
         label_z = tl.load(label_z_ptr + target, mask=good, other=0.0)
         logp = tl.where(good, label_z - lse, float("nan"))
-        tl.store(logp_ptr + target, tl.where(ok, logp, 0.0).to(logp_ptr.dtype.element_ty))
+        tl.store(logp_ptr + target, tl.where(ok, logp, 0.0))
         tl.store(lse_ptr + target, tl.where(ok, lse, 0.0))
     if NEED_U or NEED_DH:
         slope = 1.0

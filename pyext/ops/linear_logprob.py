@@ -34,7 +34,7 @@ def linear_logprob_ref(
     logp = (z / temperature).log_softmax(-1)
     keep = labels != ignore_index
     picked = logp.gather(-1, labels.where(keep, 0).unsqueeze(-1)).squeeze(-1)
-    return picked.where(keep, 0.0).to(h.dtype)
+    return picked.where(keep, 0.0)
 
 
 def linear_cross_entropy_ref(
@@ -98,7 +98,7 @@ _lib.impl("linear_logprob_backward", _backward, "CompositeExplicitAutograd")
 def _(h, w, labels, bias, ignore_index, softcap, temperature, need_u, impl):
     acc = torch.float64 if h.dtype == torch.float64 else torch.float32
     lse = h.new_empty(h.shape[0], dtype=acc)
-    return h.new_empty(h.shape[0]), lse, h.new_empty(h.shape if need_u else 0)
+    return torch.empty_like(lse), lse, h.new_empty(h.shape if need_u else 0)
 
 
 @torch.library.register_fake("fusedpeft::linear_logprob_backward")
@@ -123,7 +123,7 @@ def _autograd_backward(ctx, g, _lse, _u):
         return (None,) * 9
     if ctx.need_u:
         (u,) = ctx.saved_tensors
-        return (g.unsqueeze(-1) * u, *(None,) * 8)
+        return (g.to(u.dtype).unsqueeze(-1) * u, *(None,) * 8)
     h, w, labels, bias, lse = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     dh, dw, dbias = torch.ops.fusedpeft.linear_logprob_backward(
@@ -193,7 +193,8 @@ def linear_logprob(
     temperature: float = 1.0,
     impl: str | None = None,
 ) -> Tensor:
-    """log p(label) by token, [*] in h's dtype; exactly 0 where the label is `ignore_index`.
+    """log p(label) by token, [*] in fp32 (fp64 for fp64); exactly 0 where the label is
+    `ignore_index`. fp32 beside 16-bit h and w, because log-probabilities are there to be summed.
 
     h [*, d] and w [V, d] share a dtype, labels [*] int64, bias [V]. softcap c puts the logits
     through c·tanh(z/c) (Gemma's final_logit_softcapping), temperature divides what comes out.
@@ -249,7 +250,7 @@ def linear_cross_entropy(
 def _reduce(logp: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
     if reduction == "none":
         return -logp
-    total = -logp.sum(dtype=torch.promote_types(logp.dtype, torch.float32))
+    total = -logp.sum()
     if reduction == "mean":
         total = total / (labels != ignore_index).sum().clamp(min=1)
     return total

@@ -77,7 +77,7 @@ def logprob_fwd(h, w, labels, bias, ignore_index: int, softcap, temperature, nee
     if rows is None:
         logp, lse = logp.where(keep, 0.0), lse.where(keep, 0.0)
         u = u.where(keep.unsqueeze(-1), 0.0) if need_u else u
-    return logp.to(h.dtype), lse, u
+    return logp, lse, u
 
 
 def _tile(m: int, v: int) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class TokenLogprobs(nn.Module):
         out = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         h = out.last_hidden_state[:, :-1]
         options = logit_options(self.config)
-        return linear_logprob(h, head.weight, labels[:, 1:], head.bias, **options).float()
+        return linear_logprob(h, head.weight, labels[:, 1:], head.bias, **options)
 
 
 class RewardModel(nn.Module):
