@@ -112,6 +112,7 @@ for _op, _what in (
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
     ("soft_prompt", "ops.soft_prompt_embedding against concatenation and torch.compile."),
+    ("pro_step", "A whole step of PRO on a LoRA model against PEFT with the eager loss."),
 ):
     _add(_op, _what)
 

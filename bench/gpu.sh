@@ -94,7 +94,7 @@ else
 fi
 
 # An older run must not speak for this one.
-rm -f "$OUT"/{environment,tests,lora,lora_multi,lora_quantised,linear_logprob,adapter,prefix_attention,soft_prompt}.json
+rm -f "$OUT"/{environment,tests,lora,lora_multi,lora_quantised,linear_logprob,adapter,prefix_attention,soft_prompt,pro_step}.json
 step environment 60 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --device "$DEVICE" --root "$ROOT"
 
 TESTS=(-m gpu tests/gpu)
@@ -127,7 +127,7 @@ else
   # The first cases of each op are those with a bar; the rest of them where time is left.
   step bench_lora 110 "$PYTHON" -m fusedpeft.bench lora --device cuda --seconds 0.4 \
     --budget 90 --json "$OUT/lora.json"
-  for op in lora_multi lora_quantised linear_logprob adapter prefix_attention soft_prompt; do
+  for op in lora_multi lora_quantised linear_logprob adapter prefix_attention soft_prompt pro_step; do
     step "bench_$op" 45 "$PYTHON" -m fusedpeft.bench "$op" --device cuda --seconds 0.3 \
       --budget 25 --json "$OUT/$op.json"
   done
