@@ -1,4 +1,4 @@
-"""What test_adapter_interpret.py runs in a process of its own, under Triton's interpreter.
+"""What test_interpret.py runs in a process of its own, under Triton's interpreter.
 
     TRITON_INTERPRET=1 pytest tests/kernels/adapter_interpret_checks.py
 
@@ -29,18 +29,6 @@ SHAPES = {  # M, d, E; beyond 64 (fp32) or 256 (fp16) a kernel a product
     "wide": (40, 70, 130),
     "wider": (9, 40, 512),
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """Every fresh buffer starts as NaN: an element that no kernel writes shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def make(shape, dtype, *, adapter=None, bias=True, norm=None, residual="other", offset=0.5):

@@ -1,4 +1,4 @@
-"""What test_lora_interpret.py runs in a process of its own, under Triton's interpreter.
+"""What test_interpret.py runs in a process of its own, under Triton's interpreter.
 
     TRITON_INTERPRET=1 pytest tests/kernels/lora_interpret_checks.py
 
@@ -6,7 +6,6 @@ The interpreter is chosen when triton is imported, for the whole process, so the
 share one with tests that compile. fp32 and fp16 only: its bf16 products are wrong.
 """
 
-import math
 import os
 
 import pytest
@@ -34,18 +33,6 @@ SHAPES = {  # M, N, K, R
 }
 SCALE = 1.5
 NAMES = ("y", "s", "dx", "dw", "da", "db", "dbias")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch):
-    """Every fresh buffer starts as NaN: an element that no kernel writes shows."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 def make(shape, dtype, adapter_dtype=None):
