@@ -40,7 +40,7 @@ def _compute_dtype(x: Tensor, w: Tensor, norm: str) -> torch.dtype:
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype
     if norm:
-        return torch.float32  # r·(x D'ᵀ − μ g) is a difference: not of rounded terms
+        return torch.float32  # x − μ is not rounded
     if x.device.type == "cpu":
         bf16 = dtype == torch.bfloat16
         mkldnn = torch.ops.mkldnn
@@ -59,15 +59,18 @@ def _fold(down_w, down_b, norm_w, norm_b, dtype: torch.dtype) -> tuple[Tensor, T
     return w if norm_w is None else w * norm_w.to(dtype), c
 
 
-def _row_stats(x: Tensor, norm: str, eps: float) -> Tensor:
-    """[M, 2]: μ (0 under rms_norm) and 1/σ of each row."""
-    if x.shape[0] == 0:
-        return x.new_empty((0, 2))
-    if norm == "layer_norm":  # seven times as fast on a CPU as var_mean; its output is dropped
-        _, mean, rstd = torch.native_layer_norm(x, x.shape[1:], None, None, eps)
-        return torch.cat((mean, rstd), 1)
+def _centred(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
+    """(x − μ, [M, 2] of μ and 1/σ); μ is 0 under rms_norm.
+
+    A product with a constant vector, a difference and a norm: twice as fast on a CPU as LayerNorm's
+    own kernel, fifteen times as var_mean.
+    """
+    mean = x.new_zeros(x.shape[0])
+    if norm == "layer_norm":
+        mean = torch.mv(x, x.new_full((x.shape[1],), 1.0 / x.shape[1]))
+        x = x - mean[:, None]
     square = torch.linalg.vector_norm(x, dim=1).square_().div_(x.shape[1])
-    return torch.stack((torch.zeros_like(square), square.add_(eps).rsqrt_()), 1)
+    return x, torch.stack((mean, square.add_(eps).rsqrt_()), 1)
 
 
 def _with_ones(h: Tensor) -> Tensor:
@@ -97,11 +100,9 @@ def aten_fwd(
     xc = x.to(dtype)
     w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
     if norm:
-        stats = _row_stats(xc, norm, eps)
-        p = torch.mm(xc, w.t())
-        if norm == "layer_norm":
-            p.addr_(stats[:, 0], w.sum(1), alpha=-1.0)
-        p.mul_(stats[:, 1:])
+        centred, stats = _centred(xc, norm, eps)
+        p = torch.mm(centred, w.t()).mul_(stats[:, 1:])
+        del centred  # before y is made
         p = p if c is None else p.add_(c)
     else:
         stats = x.new_empty((0, 2), dtype=stats_dtype(x))
