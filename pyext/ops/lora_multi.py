@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed
 from fusedpeft.ops.lora import choose_impl, lora_linear, lora_linear_ref
-from fusedpeft.ops.lora_check import PLAIN, check_multi
-from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd, native_ok
+from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native
+from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 
 
@@ -231,17 +231,27 @@ def lora_linear_multi(
     return tuple(ys)
 
 
+def _decode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float):
+    """`native_fwd` for compilers and subclasses: through the custom op."""
+    return lora_linear(x, w, a, b, scale, bias, impl="native")
+
+
 def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Tensor]:
     """x [M, K]: DoRA and autocast are done with."""
     tensors = [t for t in (x, *ws, *as_, *bs, *biases) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if impl is None and not needs_grad and dropout_p == 0.0:
-        trios = [t for t in zip(ws, as_, bs, strict=True) if t[1] is not None]
+    plain = all(type(t) in PLAIN for t in tensors) and not torch.compiler.is_compiling()
+    trios = [t for t in zip(ws, as_, bs, strict=True) if t[1] is not None]
+    if impl == "native":
+        for trio in trios:
+            check_native(x, *trio, needs_grad, dropout_p)
+    elif impl is None and not needs_grad and dropout_p == 0.0:
         ok = all(native_ok(x, *t) for t in trios)
         impl = choose_impl(x.device.type, x.shape[0], False, ok)[0]
     if impl == "native":
+        decode = native_fwd if plain else _decode
         return [
-            F.linear(x, w, c) if a is None else lora_linear(x, w, a, b, s, c, impl=impl)
+            F.linear(x, w, c) if a is None else decode(x, w, a, b, c, s)
             for w, a, b, s, c in zip(ws, as_, bs, scales, biases, strict=True)
         ]
     like = next(a for a in as_ if a is not None)  # no adapter: one of rank 0
@@ -249,7 +259,6 @@ def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Te
     bs = [like.new_empty(w.shape[0], 0) if b is None else b for w, b in zip(ws, bs, strict=True)]
     biases = [x.new_empty(0) if c is None else c for c in biases]
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    plain = all(type(t) in PLAIN for t in tensors) and not torch.compiler.is_compiling()
     if plain and needs_grad:
         args = (seed, scales, float(dropout_p), impl or "", x, *ws, *as_, *bs, *biases)
         return _LoraMulti.apply(*args)
