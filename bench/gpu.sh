@@ -3,6 +3,7 @@
 # build, tests, compute-sanitizer, the ahead-of-time table, the benches, the ledger.
 #
 #   bench/gpu.sh                    results to $OUT, else bench/results/<device>/, to be committed
+#   bench/gpu.sh tests|bench        one half of it, with all the time for that half
 #   FUSEDPEFT_GPU_DRYRUN=1 bench/gpu.sh    the same plumbing over a few CPU cases; nothing verified
 #
 # Needs Python >= 3.10 with torch, triton, transformers, pytest and setuptools; nvcc and ninja for
@@ -15,6 +16,9 @@ ROOT=$PWD
 PYTHON=${PYTHON:-python3}
 [[ $PYTHON == */* && $PYTHON != /* ]] && PYTHON=$PWD/$PYTHON
 DRY=${FUSEDPEFT_GPU_DRYRUN:-0}
+PART=${1:-all}
+case $PART in all | tests | bench) ;; *) echo "gpu.sh: expected tests, bench or nothing, got $PART" && exit 2 ;; esac
+OPS=(lora lora_multi lora_quantised linear_logprob adapter prefix_attention pro_step soft_prompt)
 LIMIT_S=${LIMIT_S:-570}
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
@@ -94,47 +98,48 @@ else
 fi
 
 # An older run must not speak for this one.
-rm -f "$OUT"/{environment,tests,lora,lora_multi,lora_quantised,linear_logprob,adapter,prefix_attention,soft_prompt,pro_step}.json
+rm -f "$OUT/environment.json"
+[ "$PART" = bench ] || rm -f "$OUT/tests.json"
+[ "$PART" = tests ] || for op in "${OPS[@]}"; do rm -f "$OUT/$op.json"; done
 step environment 60 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --device "$DEVICE" --root "$ROOT"
 
-TESTS=(-m gpu tests/gpu)
-[ "$DRY" = 1 ] && TESTS=(tests/bench/test_harness.py)
-# Most of a GPU test is Triton compiling on one core.
-[ "$DRY" != 1 ] && probe 'import xdist' && TESTS+=(-n 6)
+if [ "$PART" != bench ]; then
+  TESTS=(-m gpu tests/gpu)
+  [ "$DRY" = 1 ] && TESTS=(tests/bench/test_harness.py)
+  # Most of a GPU test is Triton compiling on one core.
+  [ "$DRY" != 1 ] && probe 'import xdist' && TESTS+=(-n 6)
 
-step tests 200 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$WORK/tests.xml" "${TESTS[@]}"
-if [ -f "$WORK/tests.xml" ]; then
-  step results 30 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --junit "$WORK/tests.xml" --root "$ROOT"
+  step tests 330 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$WORK/tests.xml" "${TESTS[@]}"
+  if [ -f "$WORK/tests.xml" ]; then
+    step results 30 "$PYTHON" -m fusedpeft.bench.record --out "$OUT" --junit "$WORK/tests.xml" --root "$ROOT"
+  fi
+
+  if [ "$DRY" = 1 ]; then
+    skip sanitizer "dry run"
+  elif ! command -v compute-sanitizer >/dev/null; then
+    skip sanitizer "compute-sanitizer is not installed"
+  elif ! compgen -G 'tests/gpu/*cuda*.py' >/dev/null; then
+    skip sanitizer "no tests/gpu/*cuda*.py: no CUDA op to check yet"
+  else
+    step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
+      "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/*cuda*.py
+  fi
 fi
-
-if [ "$DRY" = 1 ]; then
-  skip sanitizer "dry run"
-  skip aot "dry run"
-elif ! command -v compute-sanitizer >/dev/null; then
-  skip sanitizer "compute-sanitizer is not installed"
-elif ! compgen -G 'tests/gpu/*cuda*.py' >/dev/null; then
-  skip sanitizer "no tests/gpu/*cuda*.py: no CUDA op to check yet"
-else
-  step sanitizer 90 compute-sanitizer --tool memcheck --error-exitcode 9 --target-processes all \
-    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu/*cuda*.py
-fi
-
 
 if [ "$DRY" = 1 ]; then
   step bench_lora 120 "$PYTHON" -m fusedpeft.bench lora --device cpu --seconds 0.05 \
     --case 'decode M4 768->768 bf16' --impl fusedpeft --json "$OUT/lora.json"
-else
+  skip aot "dry run"
+elif [ "$PART" != tests ]; then
   # The first cases of each op are those with a bar; the rest of them where time is left.
-  step bench_lora 110 "$PYTHON" -m fusedpeft.bench lora --device cuda --seconds 0.4 \
-    --budget 90 --json "$OUT/lora.json"
-  for op in lora_multi lora_quantised linear_logprob adapter prefix_attention soft_prompt pro_step; do
-    step "bench_$op" 45 "$PYTHON" -m fusedpeft.bench "$op" --device cuda --seconds 0.3 \
-      --budget 25 --json "$OUT/$op.json"
+  SHARE=$(((LIMIT_S - RESERVE - SECONDS) / (${#OPS[@]} + 2)))
+  for op in "${OPS[@]}"; do
+    step "bench_$op" $((SHARE + 15)) "$PYTHON" -m fusedpeft.bench "$op" --device cuda --seconds 0.3 \
+      --budget "$SHARE" --json "$OUT/$op.json"
   done
   ARCH=$(probe 'print("sm_90" if torch.cuda.get_device_capability()[0] >= 9 else "sm_80")')
-  # Last of the long ones, as it alone needs no GPU.
-  step aot 90 "$PYTHON" -m fusedpeft.bench aot --arch "$ARCH" --check --json "$OUT/aot.json" \
-    --jobs "$(nproc)"
+  step aot 90 "$PYTHON" -m fusedpeft.bench aot --arch "$ARCH" --every 8 --check \
+    --json "$OUT/aot.json" --jobs "$(nproc)"
 fi
 
 RESERVE=0

@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
 
 
-def run(timeout, **env):
+def run(timeout, *args, **env):
     clean = {k: v for k, v in os.environ.items() if k not in ("OUT", "FUSEDPEFT_GPU_DRYRUN")}
     return subprocess.run(
-        ["bash", str(SCRIPT)],
+        ["bash", str(SCRIPT), *args],
         env=clean | {"PYTHON": sys.executable} | env,
         capture_output=True,
         text=True,
@@ -29,6 +29,12 @@ def run(timeout, **env):
 
 def test_syntax():
     assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
+
+
+def test_an_unknown_part_is_named():
+    done = run(30, "everything", FUSEDPEFT_GPU_DRYRUN="1")
+    assert done.returncode == 2
+    assert "expected tests, bench or nothing, got everything" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
