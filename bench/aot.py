@@ -1,6 +1,8 @@
 """Compile every Triton configuration that the heuristics can choose, without a GPU, and judge it.
 
     python -m fusedpeft.bench.aot [--op lora ...] [--arch sm_90 ...] [--json FILE] [--check]
+    python -m fusedpeft.bench.aot --op lora --save     all of it, to the committed table
+    python -m fusedpeft.bench.aot --every 8 --check    a sample, against the committed tables
 
 A row: op, kernel, arch, configuration, registers a thread, spills (stack bytes on NVIDIA, vector
 registers and scratch bytes on AMD), shared memory, blocks that fit on one SM or CU, and whether the
@@ -8,7 +10,11 @@ tensor cores of Hopper are used (`wgmma` in the PTX). --check exits with 1 on a 
 shared memory than the chip has, or on a 16-bit product of at least 64 rows that should use wgmma
 (`Spec.wgmma`) and does not on sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple
 of 16 and ranks that are not ("any rank"); other sizes divisible by 16 and unit inner strides, as
-models have. The committed tables are bench/results/aot/OP.json.
+models have.
+
+The committed tables, bench/results/aot/OP.json, name the code that they were compiled from, so that
+a change to a kernel or its tiles asks for --save again. --check compares what it compiled with them
+where Triton's version is theirs.
 """
 
 from __future__ import annotations
@@ -23,6 +29,9 @@ from pathlib import Path
 
 import triton
 
+from fusedpeft.bench.record import checkout
+from fusedpeft.bench.report import repo_root
+from fusedpeft.bench.sources import code_hash
 from fusedpeft.kernels.aot import OPS, SHARED_LIMIT, configs, measure, specs
 from fusedpeft.kernels.device import ARCHS
 
@@ -67,32 +76,58 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def committed(op: str) -> Path:
+    return checkout(None) / "bench" / "results" / "aot" / f"{op}.json"
+
+
+def write(path: Path, rows: list[dict], more: dict) -> None:
+    """{"triton": version, …, "rows": […]}, a row a line: readable diffs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({"triton": triton.__version__, **more})[:-1]
+    lines = ",\n".join(json.dumps(r) for r in rows)
+    path.write_text(f'{head}, "rows": [\n{lines}\n]}}\n')
+
+
+def changed(op: str, rows: list[dict]) -> list[dict]:
+    """Rows of `op` that the committed table, made by this version of Triton, has otherwise."""
+    if repo_root() is None or not committed(op).is_file():
+        return []
+    table = json.loads(committed(op).read_text())
+    if table["triton"] != triton.__version__:
+        return []
+    return [r for r in rows if r["op"] == op and r not in table["rows"]]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", choices=OPS, help="default: all")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="default: all")
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--save", action="store_true", help="write bench/results/aot/OP.json")
     parser.add_argument("--check", action="store_true", help="exit with 1 on any problem")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only each N-th row")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter cannot compile; unset it")
+    if args.save and (args.arch or args.every > 1):
+        parser.error("--save: expected whole tables, got --arch or --every; leave them out")
+    ops = args.op or OPS
     jobs = [
-        (op, arch, row)
-        for op in args.op or OPS
-        for arch in args.arch or ARCHS
-        for row in configs(op, arch)
-    ]
+        (op, arch, row) for op in ops for arch in args.arch or ARCHS for row in configs(op, arch)
+    ][:: args.every]
     spawn = multiprocessing.get_context("spawn")  # LLVM's threads do not survive a fork
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         rows = list(pool.map(measure, jobs))
     print(markdown(rows))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(r) for r in rows)  # a row a line: readable diffs
-        version = json.dumps(triton.__version__)
-        args.json.write_text(f'{{"triton": {version}, "rows": [\n{lines}\n]}}\n')
+        write(args.json, rows, {})
+    for op in ops if args.save else ():
+        found = [r for r in rows if r["op"] == op]
+        write(committed(op), found, {"code": code_hash(op, checkout(None))})
     bad = [(r, p) for r in rows if (p := problems(r))]
+    if args.check:
+        bad += [(r, ["not as in the committed table"]) for op in ops for r in changed(op, rows)]
     for r, p in bad:
         print(f"{r['op']} {r['kernel']} {r['arch']} {r['flags']} {r['config']}: {', '.join(p)}")
     print(f"{len(rows)} configurations, {len(bad)} with problems", file=sys.stderr)

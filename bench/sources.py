@@ -74,6 +74,29 @@ def source_hash(path: Path, root: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+def code_hash(op: str, root: Path) -> str:
+    """SHA-256 of what ahead-of-time compilation of `op` depends on: its kernels, tables and specs,
+    as syntax trees, so that a comment or a docstring changes nothing."""
+    starts = (root / "kernels" / f"{op}_{end}.py" for end in ("aot", "tables"))
+    parts = sorted({part for start in starts for part in closure(start, root)})
+    digest = hashlib.sha256()
+    for part in parts:
+        if part.name == "aot.py":  # the tool, and the list of the ops
+            continue
+        tree = ast.parse(part.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and _is_docstring(body[0]):
+                del body[0]
+        digest.update(part.name.encode() + b"\0" + ast.dump(tree).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _is_docstring(node: ast.AST) -> bool:
+    constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return constant and isinstance(node.value.value, str)
+
+
 def hashes(root: Path) -> dict[str, str]:
     """Repository path of each kernel file -> its hash now."""
     return {str(p.relative_to(root)): source_hash(p, root) for p in kernel_files(root)}
