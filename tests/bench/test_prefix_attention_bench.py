@@ -6,7 +6,6 @@ import torch
 from fusedpeft.bench import bench_prefix_attention as bench
 from fusedpeft.bench.errors import BenchMismatch
 from fusedpeft.bench.harness import run_case
-from fusedpeft.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -16,12 +15,12 @@ def small(kind, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["fwd", "train"])
+@pytest.mark.parametrize("kind", ["fwd", "bwd", "train"])
 def test_every_contestant_is_right(kind, dtype):
     case = bench.build(small(kind, dtype), CPU, None, warm=True)
     timings = run_case(case, seconds=0.0, min_rounds=2)
     assert {t.name for t in timings} == set(bench.ALL) - set(case.missing)
-    assert set(case.missing) == ({"merged"} if kind == "train" else set())
+    assert set(case.missing) == {"sdpa"} | ({"merged"} if kind != "fwd" else set())
 
 
 def test_a_wrong_contestant_is_named(monkeypatch):
@@ -38,5 +37,24 @@ def test_work_and_the_case_of_the_bar():
     assert moved == 4 * (2 * 2 * 4 * 40 * 32 + 2 * 2 * 32 * (2 * 40 + 16))
     labels = {s.label for s in bench.specs(CPU, full=False)}
     assert {f"train B8 H{h} D64 P128 S512 fp32" for h in ("8/8", "16/4")} <= labels
-    with pytest.raises(InputError, match="--device cpu only"):
-        bench.specs(torch.device("cuda"), full=False)
+    labels = {s.label for s in bench.specs(torch.device("cuda"), full=False)}
+    for kind in ("fwd", "bwd"):
+        assert {f"{kind} B4 H32/8 D128 P128 S{s} bf16" for s in (2048, 8192)} <= labels
+    assert bench._work(small("bwd"))[0] == 2.5 * flops
+
+
+def test_the_reference_by_slices_is_the_whole():
+    spec = small("train")
+    case = bench.build(spec, CPU, ("fusedpeft",), warm=True)
+    names = case.impls[0].expected.names
+    assert names == ("out", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
+    gen = torch.Generator().manual_seed(3)
+    draw = lambda *size: torch.randn(size, generator=gen)  # noqa: E731
+    tensors = [draw(2, 4, 40, 32), *(draw(2, 2, 40, 32) for _ in range(2)),
+               *(draw(2, 16, 32) for _ in range(2))]  # fmt: skip
+    dout = draw(2, 4, 40, 32)
+    sliced = bench._reference("train", bench.prefix_attention_ref, tensors, dout)
+    wide = [t.double() for t in tensors]
+    whole = bench._outputs("train", bench.prefix_attention_ref, wide, dout.double())
+    for a, b in zip(sliced, whole, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,117 @@
+"""What prefix_attention refuses, with the expected and the given value."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+IMPLS = ("aten", "triton")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(q, k, v, pk, pv, mask, window, cu, ids, scale, impl) -> None:
+    named = (("q", q), ("k", k), ("v", v), ("prefix_k", pk), ("prefix_v", pv))
+    extra = (("mask", mask), ("cu_seqlens", cu), ("prefix_ids", ids))
+    for name, t in (*named, *((n, t) for n, t in extra if t is not None)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
+        if t.device != q.device:
+            raise ValueError(f"{name}: expected device {q.device} (as q), got {t.device}")
+    if not q.is_floating_point():
+        raise TypeError(f"q: expected a floating dtype, got {q.dtype}")
+    for name, t in named[1:]:
+        if t.dtype != q.dtype:
+            raise TypeError(f"{name}: expected dtype {q.dtype} (as q), got {t.dtype}")
+    for name, t in named[:3]:
+        if t.ndim != 4:
+            raise ValueError(f"{name}: expected 4 dims [B, heads, length, D], got {tuple(t.shape)}")
+    (B, H, T, D), (_, HKV, S, _) = q.shape, k.shape
+    if not 1 <= D <= MAX_HEAD_DIM:
+        raise ValueError(f"q: expected head dim D in 1..{MAX_HEAD_DIM}, got {D}")
+    if HKV < 1 or H % HKV:
+        raise ValueError(f"k: expected HKV that divides H = {H}, got {HKV}")
+    if k.shape != (B, HKV, S, D) or v.shape != k.shape:
+        want = f"[{B}, HKV, S, {D}] (q is {tuple(q.shape)})"
+        raise ValueError(f"k, v: expected {want}, got {tuple(k.shape)}, {tuple(v.shape)}")
+    if S < T or (cu is not None and S != T):
+        why = f"S {'=' if cu is not None else '>='} T = {T}"
+        raise ValueError(f"k: expected {why}, got S = {S}")
+    _check_prefix(pk, pv, ids, B if cu is None else len(cu) - 1, HKV, D)
+    if mask is not None:
+        if cu is not None:
+            raise ValueError("mask: expected None beside cu_seqlens, got a Tensor")
+        if not mask.is_floating_point():
+            raise TypeError(f"mask: expected floating (added; -inf hides a key), got {mask.dtype}")
+        allowed = ((1, B), (1, H), (T,), (S,))
+        if mask.ndim != 4 or any(m not in a for m, a in zip(mask.shape, allowed, strict=True)):
+            raise ValueError(
+                f"mask: expected [{B} or 1, {H} or 1, {T}, {S}], got {tuple(mask.shape)}"
+            )
+        if mask.requires_grad:
+            raise ValueError("mask: expected no gradient, got requires_grad=True")
+    if cu is not None and (B != 1 or cu.ndim != 1 or len(cu) < 1):
+        got = f"B = {B}, cu_seqlens {tuple(cu.shape)}"
+        raise ValueError(f"cu_seqlens: expected B = 1 (packed) and [n + 1], got {got}")
+    for name, t in extra[1:]:
+        if t is not None and t.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected int32 or int64, got {t.dtype}")
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    _check_impl(impl, q)
+    read = q.device.type == "cpu" or os.environ.get("FUSEDPEFT_DEBUG") == "1"
+    if read and not torch.compiler.is_compiling():
+        _check_values(mask, cu, ids, pk, T)
+
+
+def _check_impl(impl: str, q: Tensor) -> None:
+    device = q.device.type
+    if impl == "raises":
+        raise NotImplementedError(f"prefix_attention: expected CPU or CUDA tensors, got {device}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
+    if impl == "aten" and device != "cpu":
+        raise ValueError(f"impl='aten': expected CPU tensors, got {device}; use 'triton'")
+    if impl == "triton":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError(f"impl='triton': expected CUDA tensors, got {device}; use 'aten'")
+        if q.dtype not in _KERNEL_DTYPES:
+            raise TypeError(f"impl='triton': expected fp32, bf16 or fp16, got {q.dtype}")
+
+
+def _check_prefix(pk: Tensor, pv: Tensor, ids: Tensor | None, B: int, HKV: int, D: int) -> None:
+    lead = "n" if ids is not None else B
+    want = f"[{lead}, {HKV}, P, {D}]" + ("" if ids is not None else f" or [{HKV}, P, {D}]")
+    for name, t in (("prefix_k", pk), ("prefix_v", pv)):
+        dims = (4,) if ids is not None else (3, 4)
+        ok = t.ndim in dims and t.shape[-3] == HKV and t.shape[-1] == D
+        if not ok or (t.ndim == 4 and ids is None and t.shape[0] != B):
+            raise ValueError(f"{name}: expected {want}, got {tuple(t.shape)}")
+    if pv.shape != pk.shape:
+        raise ValueError(
+            f"prefix_v: expected {tuple(pk.shape)} (as prefix_k), got {tuple(pv.shape)}"
+        )
+    if ids is not None and ids.shape != (B,):
+        raise ValueError(f"prefix_ids: expected [{B}], one a row, got {tuple(ids.shape)}")
+
+
+def _check_values(mask, cu, ids, pk: Tensor, T: int) -> None:
+    if mask is not None and not (mask < math.inf).all():
+        raise ValueError("mask: expected finite values or -inf, got NaN or +inf")
+    if cu is not None:
+        ends = cu.tolist()
+        if (
+            ends[0] != 0
+            or ends[-1] != T
+            or any(a > b for a, b in zip(ends, ends[1:], strict=False))
+        ):
+            raise ValueError(f"cu_seqlens: expected ascending from 0 to {T}, got {ends}")
+    if ids is not None:
+        bad = [i for i in ids.tolist() if not -1 <= i < pk.shape[0]]
+        if bad:
+            raise ValueError(f"prefix_ids: expected -1 or an id below {pk.shape[0]}, got {bad[0]}")
