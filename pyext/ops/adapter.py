@@ -2,7 +2,7 @@
 
     y = residual + scale · drop(act(norm(x) Dᵀ + c) Uᵀ + e)   x, y [*, d]   D [E, d]   U [d, E]
 
-The norm never makes a tensor of its own. With D' = D∘γ, g = Σ_j D'_ej and the row's mean μ and
+The norm is folded into the products. With D' = D∘γ, g = Σ_j D'_ej and the row's mean μ and
 1/σ = r:    P = norm(x) Dᵀ + c = r·(x D'ᵀ − μ g) + c + D β
 Backward, with dP = act'(P)∘(du U), Q = r·dP, and x̂ the normalised x:
     dx = Q D' + α x + b   (α, b a number a row, from Q, g and P),   G = dPᵀ x̂ = Qᵀ x − (Qᵀ μ) 1ᵀ,

@@ -1,6 +1,6 @@
 """The bottleneck adapter on ATen, forward and backward: see adapter.py for the equations.
 
-The residual is the product's accumulator, a bias one of its columns, the norm never a tensor.
+The residual is the product's accumulator, a bias one of its columns, a norm no more than x − μ.
 """
 
 from __future__ import annotations
