@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed, dropout_ref
-from fusedpeft.ops.lora_check import check, check_native, check_quantised, is_plain, is_sound
+from fusedpeft.ops.lora_check import (
+    check,
+    check_native,
+    check_quantised,
+    is_plain,
+    is_sound,
+    use_triton,
+)
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 from fusedpeft.ops.lora_quantised import lora_quantised
@@ -41,8 +48,13 @@ def lora_linear_ref(
     return (y if bias is None else y + bias).to(x.dtype)
 
 
-def choose_impl(device_type: str, tokens: int, needs_grad: bool, native_ok: bool = True):
+def choose_impl(
+    device_type: str, tokens: int, needs_grad: bool, native_ok: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, str]:  # fmt: skip
     """(implementation, why) that `lora_linear` takes by itself. Pure; `doctor` prints it."""
+    if device_type == "cuda" and dtype == torch.float64:
+        return "aten", "the Triton kernels sum in fp32: fp64 takes ATen"
     if device_type == "cuda":
         return "triton", "CUDA tensors take the Triton kernels"
     if device_type != "cpu":
@@ -74,12 +86,8 @@ _lib.define(
 )
 
 
-def _use_triton(x: Tensor, impl: str) -> bool:
-    return impl == "triton" or (impl == "" and x.is_cuda)
-
-
 def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
-    if _use_triton(x, impl):
+    if use_triton(x, impl):
         from fusedpeft.kernels.lora import lora_fwd
 
         return lora_fwd(x, w, a, b, scale, bias, dropout_p, seed)
@@ -89,7 +97,7 @@ def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
 def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
     if impl == "":
         ok = dropout_p == 0.0 and native_ok(x, w, a, b)
-        impl = choose_impl(x.device.type, x.shape[0], False, ok)[0]
+        impl = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
     if impl == "native":
         return native_fwd(x, w, a, b, bias, scale)
     return _forward(x, w, a, b, bias, seed, scale, dropout_p, impl)[0]
@@ -97,7 +105,7 @@ def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
 
 def _backward(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
     dy = dy.contiguous()
-    if _use_triton(dy, impl):
+    if use_triton(dy, impl):
         from fusedpeft.kernels.lora import lora_bwd
 
         grads = lora_bwd(dy, x, w, a, b, s, scale, dropout_p, seed, *need)

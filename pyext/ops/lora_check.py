@@ -94,6 +94,13 @@ def check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
+    if impl == "triton" and x.dtype == torch.float64:
+        raise TypeError("impl='triton': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
+
+
+def use_triton(t: Tensor, impl: str) -> bool:
+    """The implementation of a call with `impl` ("": not said). The kernels sum in fp32."""
+    return impl == "triton" or (impl == "" and t.is_cuda and t.dtype != torch.float64)
 
 
 def check_quantised(x, w: QuantisedWeight, a, b, bias, scale, dropout_p, magnitude, impl) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed
 from fusedpeft.ops.lora import choose_impl, lora_linear, lora_linear_ref
-from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native
+from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native, use_triton
 from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 
@@ -60,14 +60,10 @@ _lib.define(
 )
 
 
-def _use_triton(t: Tensor, impl: str) -> bool:
-    return impl == "triton" or (impl == "" and t.is_cuda)
-
-
 def _forward(x, ws, as_, bs, biases, seed, scales, dropout_p, impl):
     """A bias of no elements is none: gradients do not pass lists with None in them."""
     biases = [c if c.numel() else None for c in biases]
-    if _use_triton(x, impl):
+    if use_triton(x, impl):
         from fusedpeft.kernels.lora_multi import lora_multi_fwd
 
         return lora_multi_fwd(x, ws, as_, bs, scales, biases, dropout_p, seed)
@@ -83,7 +79,7 @@ def _backward(dys, x, ws, as_, bs, s, seed, scales, dropout_p, need, impl):
     dys = [dy.contiguous() for dy in dys]
     args = (dys, x, ws, as_, bs, s)
     needs = (need[0], _by_kind(need, len(ws)))
-    if _use_triton(dys[0], impl):
+    if use_triton(dys[0], impl):
         from fusedpeft.kernels.lora_multi import lora_multi_bwd
 
         dx, *lists = lora_multi_bwd(*args, scales, dropout_p, seed, *needs)
@@ -247,7 +243,7 @@ def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Te
             check_native(x, *trio, needs_grad, dropout_p)
     elif impl is None and not needs_grad and dropout_p == 0.0:
         ok = all(native_ok(x, *t) for t in trios)
-        impl = choose_impl(x.device.type, x.shape[0], False, ok)[0]
+        impl = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
     if impl == "native":
         decode = native_fwd if plain else _decode
         return [

@@ -71,15 +71,15 @@ _lib.define(
 )
 
 
-def choose_impl(device_type: str) -> tuple[str, str]:
+def choose_impl(device_type: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """(implementation, why) over a quantised base. Pure; `doctor` prints it."""
-    if device_type == "cuda":
+    if device_type == "cuda" and dtype != torch.float64:
         return "triton", "W's tiles are dequantised in registers"
     return "aten", "some rows of W are dequantised at a time; no C++ for decode yet"
 
 
 def _use_triton(t: Tensor, impl: str) -> bool:
-    return (impl or choose_impl(t.device.type)[0]) == "triton"
+    return (impl or choose_impl(t.device.type, t.dtype)[0]) == "triton"
 
 
 def _for_kernel(parts: list[Tensor], layout: list[int]) -> tuple[int, tuple[float, ...]]:

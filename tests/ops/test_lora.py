@@ -236,6 +236,8 @@ X, W, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.rand
         ((X, W, A, B, 1.0, torch.randn(5)), {}, ValueError, r"bias: expected \[6\].*got \[5\]"),
         ((X, W, A, B, 1.0), {"dropout_p": 1.0}, ValueError, r"0 <= p < 1, got 1.0"),
         ((X, W, A, B, 1.0), {"impl": "cuda"}, ValueError, r"impl: expected one of .*got 'cuda'"),
+        ((X.double(), W.double(), A.double(), B.double(), 1.0), {"impl": "triton"}, TypeError,
+         "got torch.float64; use .aten."),
         ((torch.randn(17, 8), W, A, B, 1.0), {"impl": "native"}, ValueError, r"<= 16 rows, got 17"),
         ((X.double(), W.double(), A.double(), B.double(), 1.0), {"impl": "native"}, ValueError,
          r"expected CPU tensors of fp32, bf16 or fp16"),
@@ -255,3 +257,4 @@ def test_the_choice_of_implementation():
     assert choose_impl("cpu", 1, False, native_ok=False)[0] == "aten"
     assert choose_impl("cuda", 1, False)[0] == "triton"
     assert choose_impl("meta", 1, False)[0] == "aten"
+    assert choose_impl("cuda", 1, False, dtype=torch.float64)[0] == "aten"
