@@ -1,8 +1,8 @@
 """What this device can do at most, measured in the run that quotes it.
 
 Bandwidth: a copy of a buffer far beyond the caches, bytes read plus bytes written. Arithmetic: a
-large square product in the case's dtype, halved until it takes at most PRODUCT_S. The ceiling of a
-task is the slower of its bytes at that bandwidth and its FLOPs at that rate; `pct_of_ceiling` is
+large square product in the case's dtype, halved until it takes at most PRODUCT_S; in 16 bits at
+least fp32's rate, for who has no unit for 16 bits may convert. The ceiling of a task is the slower of its bytes at that bandwidth and its FLOPs at that rate; `pct_of_ceiling` is
 that time over the measured one. A task that only reads may pass 100 % of a copy's bandwidth.
 """
 
@@ -66,5 +66,8 @@ def measure(device: torch.device, dtypes: list[torch.dtype], repeats: int = 7) -
     """Copy bandwidth in GB/s and the product's TFLOP/s for each dtype."""
     nbytes, size = COPY_BYTES[device.type], MATMUL_SIZE[device.type]
     bandwidth = 2 * nbytes / _copy_s(device, nbytes, repeats) / 1e9
-    rates = {d: _product_rate(device, size, d, repeats) / 1e12 for d in dtypes}
-    return Ceilings(bandwidth, rates)
+    wanted = {torch.float32, *dtypes} if device.type == "cpu" else set(dtypes)
+    rates = {d: _product_rate(device, size, d, repeats) / 1e12 for d in wanted}
+    if device.type == "cpu":
+        rates |= {d: max(rates[d], rates[torch.float32]) for d in wanted if d.itemsize == 2}
+    return Ceilings(bandwidth, {d: rates[d] for d in dtypes})

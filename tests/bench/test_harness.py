@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusedpeft.bench import harness, report
+from fusedpeft.bench import ceilings
 from fusedpeft.bench.ceilings import Ceilings
 from fusedpeft.bench.harness import BenchMismatch, Case, Clock, Expected, Impl
 
@@ -177,3 +178,12 @@ def test_rows_have_exactly_the_promised_keys(tmp_path, monkeypatch):
     assert ours["pct_of_ceiling"] == pytest.approx(50.0)
     assert ours["commit"] == "abc1234" and ours["dtype"] == "fp32"
     assert list(tmp_path.iterdir()) == [tmp_path / "rows.json"]
+
+
+def test_a_cpu_multiplies_16_bits_at_least_as_fast_as_32(monkeypatch):
+    """Where there is no unit for 16 bits one converts."""
+    rates = {torch.float32: 2e12, torch.bfloat16: 1e9, torch.float16: 5e12}
+    monkeypatch.setattr(ceilings, "_copy_s", lambda *args: 1.0)
+    monkeypatch.setattr(ceilings, "_product_rate", lambda d, size, dtype, n: rates[dtype])
+    got = ceilings.measure(torch.device("cpu"), [torch.bfloat16, torch.float16]).tflop_per_s
+    assert got == {torch.bfloat16: 2.0, torch.float16: 5.0}
