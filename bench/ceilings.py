@@ -2,8 +2,9 @@
 
 Bandwidth: a copy of a buffer far beyond the caches, bytes read plus bytes written. Arithmetic: a
 large square product in the case's dtype, halved until it takes at most PRODUCT_S; in 16 bits at
-least fp32's rate, for who has no unit for 16 bits may convert. The ceiling of a task is the slower of its bytes at that bandwidth and its FLOPs at that rate; `pct_of_ceiling` is
-that time over the measured one. A task that only reads may pass 100 % of a copy's bandwidth.
+least fp32's rate, for who has no unit for 16 bits may convert. The ceiling of a task is the slower
+of its bytes at that bandwidth and its FLOPs at that rate; `pct_of_ceiling` is that time over the
+measured one. A task that only reads may pass 100 % of a copy's bandwidth.
 """
 
 from __future__ import annotations

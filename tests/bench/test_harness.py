@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 
-from fusedpeft.bench import harness, report
-from fusedpeft.bench import ceilings
+from fusedpeft.bench import ceilings, harness, report
 from fusedpeft.bench.ceilings import Ceilings
 from fusedpeft.bench.harness import BenchMismatch, Case, Clock, Expected, Impl
 
