@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.lora_check import PLAIN
+
 
 def soft_prompt_embedding_ref(
     input_ids: Tensor, table: Tensor, prompt: Tensor, prompt_ids: Tensor | None = None
@@ -30,7 +32,7 @@ def choose_impl(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
         return "triton", "CUDA tensors take the Triton kernels"
     if device_type == "cuda":
         return "aten", "the Triton kernel sums in fp32: fp64 takes ATen"
-    return "aten", "one copy of each row, straight to its place"
+    return "aten", "one gather straight to the rows' places, the prompt over what it left"
 
 
 # --- ATen ---------------------------------------------------------------------------------------
@@ -41,18 +43,17 @@ def _unknown(ids: Tensor, size: int) -> Tensor:
 
 
 def _aten_fwd(input_ids, table, prompt, prompt_ids) -> Tensor:
-    (B, T), (n, P, d) = input_ids.shape, prompt.shape
-    y = table.new_empty(B, P + T, d)
-    y[:, :P] = prompt if prompt_ids is None else prompt[prompt_ids.clamp(0, max(n - 1, 0))]
-    if table.device.type == "cpu":
-        for row, ids in zip(y, input_ids, strict=True):  # rows of y are contiguous: no other copy
-            torch.index_select(table, 0, ids, out=row[P:])
-        return y
-    # Out of range on a device: NaN for that row, never a read out of bounds (no sync to raise).
-    y[:, P:] = F.embedding(input_ids.clamp(0, table.shape[0] - 1), table)
-    y[:, P:].masked_fill_(_unknown(input_ids, table.shape[0])[..., None], float("nan"))
-    if prompt_ids is not None:
-        y[:, :P].masked_fill_(_unknown(prompt_ids, n)[:, None, None], float("nan"))
+    n, P, _ = prompt.shape
+    known = input_ids.clamp(0, table.shape[0] - 1) if input_ids.is_cuda else input_ids
+    y = F.embedding(F.pad(known, (P, 0)), table)  # row 0 where the prompt comes: in the cache
+    if prompt_ids is None:
+        y[:, :P] = prompt
+    else:
+        y[:, :P] = prompt[prompt_ids.clamp(0, n - 1) if y.is_cuda else prompt_ids]
+    if y.is_cuda:  # NaN for an id out of range, never a read out of bounds (no sync to raise)
+        y[:, P:].masked_fill_(_unknown(input_ids, table.shape[0])[..., None], float("nan"))
+        if prompt_ids is not None:
+            y[:, :P].masked_fill_(_unknown(prompt_ids, n)[:, None, None], float("nan"))
     return y
 
 
@@ -60,7 +61,8 @@ def _aten_dprompt(dy, prompt_ids, prompts: int, length: int, dtype: torch.dtype)
     acc = torch.promote_types(dy.dtype, torch.float32)
     own = dy[:, :length]
     if prompt_ids is None:
-        return own.sum(0, keepdim=True, dtype=acc).to(dtype)
+        # A sum of 16-bit numbers is kept in fp32 anyway, where it also stays in 16 bits at the end.
+        return own.sum(0, keepdim=True, dtype=dtype if dtype == dy.dtype else acc).to(dtype)
     total = dy.new_zeros((prompts, length, dy.shape[2]), dtype=acc)
     for n, row in zip(prompt_ids.tolist(), own, strict=True):  # a fixed order
         total[n] += row
@@ -134,21 +136,34 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(input_ids, prompt_ids)
 
 
-def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, dy: Tensor, backward) -> tuple[Tensor | None, ...]:
     need = list(ctx.needs_input_grad[1:3])
     if not any(need):
         return (None,) * 4
     input_ids, prompt_ids = ctx.saved_tensors
-    grads = torch.ops.fusedpeft.soft_prompt_embedding_backward(
-        dy, input_ids, prompt_ids, *ctx.sizes, need
-    )
+    grads = backward(dy, input_ids, prompt_ids, *ctx.sizes, need)
     dtable, dprompt = (g if n else None for g, n in zip(grads, need, strict=True))
     return None, dtable, dprompt, None
 
 
 torch.library.register_autograd(
-    "fusedpeft::soft_prompt_embedding", _gradients, setup_context=_setup_context
+    "fusedpeft::soft_prompt_embedding",
+    lambda ctx, dy: _gradients(ctx, dy, torch.ops.fusedpeft.soft_prompt_embedding_backward),
+    setup_context=_setup_context,
 )
+
+
+class _SoftPrompt(torch.autograd.Function):
+    """The same op without the dispatcher: see lora.py."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        _setup_context(ctx, args, None)
+        return _forward(*args)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return _gradients(ctx, dy, _backward)
 
 
 # --- public -------------------------------------------------------------------------------------
@@ -159,9 +174,9 @@ def _check_ids(name: str, ids: Tensor, size: int) -> None:
     read = ids.device.type == "cpu" or os.environ.get("FUSEDPEFT_DEBUG") == "1"
     if not read or torch.compiler.is_compiling() or ids.numel() == 0:
         return
-    bad = _unknown(ids, size)
-    if bad.any():
-        at = bad.nonzero()[0].tolist()
+    low, high = ids.aminmax()
+    if low < 0 or high >= size:
+        at = _unknown(ids, size).nonzero()[0].tolist()
         raise ValueError(
             f"{name}: expected values in [0, {size}), got {int(ids[tuple(at)])} at {at}"
         )
@@ -216,5 +231,9 @@ def soft_prompt_embedding(
     table raises; on a GPU its row is NaN unless FUSEDPEFT_DEBUG=1 asks for the check.
     """
     _check(input_ids, table, prompt, prompt_ids)
-    prompts = prompt[None] if prompt_ids is None else prompt
-    return torch.ops.fusedpeft.soft_prompt_embedding(input_ids, table, prompts, prompt_ids)
+    args = (input_ids, table, prompt[None] if prompt_ids is None else prompt, prompt_ids)
+    if torch.compiler.is_compiling() or not all(type(t) in PLAIN for t in (table, prompt)):
+        return torch.ops.fusedpeft.soft_prompt_embedding(*args)
+    if torch.is_grad_enabled() and (table.requires_grad or prompt.requires_grad):
+        return _SoftPrompt.apply(*args)
+    return _forward(*args)
