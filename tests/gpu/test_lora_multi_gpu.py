@@ -9,6 +9,7 @@ from fusedpeft.ops.dropout import keep_mask_ref
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("exact_matmul"),
 ]
 
 SHAPES = {  # M, K, [(N, R)]; R = 0: no adapter
@@ -79,20 +80,6 @@ def check(got, flat, dys, p=0.0, seed=None):
         error = (g.double() - ref).abs().max()
         bar = 2 * (lo.double() - ref).abs().max() + torch.finfo(dtype).eps * ref.abs().max()
         assert error <= bar, f"output {i}: error {error:.3g}, allowed {bar:.3g}"
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    """The bar is torch's true fp32, not TF32, and 16-bit products summed in fp32."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
-    names += ("allow_fp16_reduced_precision_reduction",)
-    before = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in zip(names, before, strict=True):
-        setattr(matmul, name, value)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -8,6 +8,7 @@ from fusedpeft import ops
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("exact_matmul"),
 ]
 
 SHAPES = {  # M, N, K, R
@@ -46,20 +47,6 @@ def run(op, weight, tensors, dy, p=0.0, **kwargs):
     seed = torch.tensor([-(2**61) + 5], device="cuda")
     y = op(x, weight, a, b, 1.5, bias, dropout_p=p, seed=seed, **kwargs)
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-
-@pytest.fixture(autouse=True)
-def exact_matmul():
-    """The bar is torch's true fp32, not TF32, and 16-bit products summed in fp32."""
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_tf32", "allow_bf16_reduced_precision_reduction")
-    names += ("allow_fp16_reduced_precision_reduction",)
-    before = [getattr(matmul, name) for name in names]
-    for name in names:
-        setattr(matmul, name, False)
-    yield
-    for name, value in zip(names, before, strict=True):
-        setattr(matmul, name, value)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
