@@ -4,8 +4,8 @@ A slot is a place of fixed size for one adapter; a batch names a slot for each o
 none. The tensors are allocated once and never move, so that a captured CUDA graph stays good while
 slots are replaced. Plain data: `AdapterPool` fills it, tests and benches may as well.
 
-Sizes differ from slot to slot and stand in a tensor of their own: an adapter of rank 8 costs rank 8,
-whatever `max_rank` is. Size 0 leaves the rows as they are; size -1 marks a slot that holds no
+Sizes differ from slot to slot and stand in a tensor of their own: an adapter of rank 8 costs a rank
+of 8, whatever `max_rank` is. Size 0 leaves the rows as they are; size -1 marks a slot that holds no
 adapter, and naming it is an error (NaN rows on a GPU, where nobody reads the values first).
 """
 
