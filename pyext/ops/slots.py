@@ -12,6 +12,7 @@ adapter, and naming it is an error (NaN rows on a GPU, where nobody reads the va
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,11 +45,23 @@ class LoRASlots(NamedTuple):
         return self.a.shape[1] // len(self.sizes)
 
 
+class Adapter(NamedTuple):
+    """One bottleneck adapter, as `ops.bottleneck_adapter` takes it; what a slot is filled with."""
+
+    down_w: Tensor  # [E, d]
+    down_b: Tensor | None  # [E]
+    up_w: Tensor  # [d, E]
+    up_b: Tensor | None  # [d]
+    scale: float = 1.0
+    norm_weight: Tensor | None = None  # [d]
+    norm_bias: Tensor | None = None
+
+
 class AdapterSlots(NamedTuple):
     """The bottleneck adapters of one place in the model, as `ops.bottleneck_adapter` defines them.
 
     Of slot s, with E = size[s] and L = row_stride(E): D is [E, d] at down[s], U is [d, L] (columns
-    from E on are zero) at the beginning of up[s].
+    from E on are zero) at the beginning of up[s]. max_size is a multiple of RANK_STEP.
     """
 
     down: Tensor  # [slots, max_size, d], d contiguous
@@ -58,7 +71,112 @@ class AdapterSlots(NamedTuple):
     size: Tensor  # [slots] int32
     scale: Tensor  # [slots] fp32
     norm_weight: Tensor | None = None  # [slots, d], where the adapter brings its own norm
-    norm_bias: Tensor | None = None
+    norm_bias: Tensor | None = None  # where that has one
+
+    @torch.no_grad()
+    def put(self, slot: int, adapter: Adapter | None) -> None:
+        """Writes an adapter into a slot, on the current stream; None: none, and no byte stays.
+
+        Its tensors are cast to the pool's dtype, from any device. Missing biases are 0, a norm's
+        missing weight is 1. Raises ValueError where it does not fit, before anything is written.
+        """
+        slots, max_size, d = self.down.shape
+        if not 0 <= slot < slots:
+            raise ValueError(f"slot: expected 0..{slots - 1}, got {slot}")
+        if adapter is not None:
+            self._check_fits(adapter, max_size, d)
+        for t, empty in zip(self, (0, 0, 0, 0, -1, 0, 0, 0), strict=True):
+            if t is not None:
+                t[slot].fill_(empty)
+        if adapter is None:
+            return
+        down_w, down_b, up_w, up_b, scale, norm_weight, norm_bias = adapter
+        size = down_w.shape[0]
+        if size:
+            self.down[slot, :size].copy_(down_w)
+            stride = row_stride(size)
+            self.up[slot, : d * stride].view(d, stride)[:, :size].copy_(up_w)
+        if down_b is not None:
+            self.down_bias[slot, :size].copy_(down_b)
+        if up_b is not None:
+            self.up_bias[slot].copy_(up_b)
+        if norm_weight is not None:
+            self.norm_weight[slot].copy_(norm_weight)
+        elif self.norm_weight is not None:
+            self.norm_weight[slot].fill_(1)
+        if norm_bias is not None:
+            self.norm_bias[slot].copy_(norm_bias)
+        self.scale[slot].fill_(scale)
+        self.size[slot].fill_(size)
+
+    def get(self, slot: int) -> Adapter | None:
+        """The adapter of a slot, as views; None for -1 and for one of size 0. Reads its size."""
+        size = 0 if slot < 0 else int(self.size[slot])
+        if size < 0:
+            raise ValueError(f"slots: slot {slot} holds no adapter; load one into it first")
+        if size == 0:
+            return None
+        d, stride = self.down.shape[2], row_stride(size)
+        return Adapter(
+            self.down[slot, :size],
+            self.down_bias[slot, :size],
+            self.up[slot, : d * stride].view(d, stride)[:, :size],
+            self.up_bias[slot],
+            float(self.scale[slot]),
+            None if self.norm_weight is None else self.norm_weight[slot],
+            None if self.norm_bias is None else self.norm_bias[slot],
+        )
+
+    def _check_fits(self, adapter: Adapter, max_size: int, d: int) -> None:
+        size = adapter.down_w.shape[0]
+        shapes = ((size, d), (size,), (d, size), (d,), None, (d,), (d,))
+        for name, t, shape in zip(Adapter._fields, adapter, shapes, strict=True):
+            if shape is not None and t is not None and tuple(t.shape) != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+        if size > max_size:
+            raise ValueError(f"down_w: expected a bottleneck E <= {max_size}, got {size}")
+        for name in ("norm_weight", "norm_bias"):
+            if getattr(adapter, name) is not None and getattr(self, name) is None:
+                raise ValueError(f"{name}: expected None, as the slots have none, got a Tensor")
+
+
+def adapter_slots(
+    adapters: Sequence[Adapter | tuple | None],
+    *,
+    slots: int | None = None,
+    max_size: int | None = None,
+) -> AdapterSlots:
+    """Slots that hold these adapters in their order; None leaves one free, as those after the last.
+
+    slots, max_size: room for that many and that wide ones; None: as much as these take. Dtype and
+    device are the first adapter's. Norm weights have a place where an adapter brings some.
+    """
+    given = [None if a is None else Adapter(*a) for a in adapters]
+    held = [a for a in given if a is not None]
+    if not held:
+        raise ValueError("adapters: expected at least one, which says d, dtype and device")
+    most = max(a.down_w.shape[0] for a in held) if max_size is None else max_size
+    most, d = row_stride(max(most, 1)), held[0].down_w.shape[1]
+    count = len(given) if slots is None else slots
+    if count < len(given):
+        raise ValueError(f"slots: expected >= {len(given)}, one for each adapter, got {count}")
+    like = held[0].down_w
+    norm_weight = any(a.norm_weight is not None or a.norm_bias is not None for a in held)
+    norm_bias = any(a.norm_bias is not None for a in held)
+    made = AdapterSlots(
+        down=like.new_zeros(count, most, d),
+        down_bias=like.new_zeros(count, most),
+        up=like.new_zeros(count, d * most),
+        up_bias=like.new_zeros(count, d),
+        size=like.new_full((count,), -1, dtype=torch.int32),
+        scale=like.new_zeros(count, dtype=torch.float32),
+        norm_weight=like.new_zeros(count, d) if norm_weight else None,
+        norm_bias=like.new_zeros(count, d) if norm_bias else None,
+    )
+    for slot, adapter in enumerate(given):
+        if adapter is not None:
+            made.put(slot, adapter)
+    return made
 
 
 class PrefixSlots(NamedTuple):
@@ -99,6 +217,6 @@ def check_slots(slots: Tensor, rows: int, size: Tensor) -> None:
             bad = low if low < -1 else high
             raise ValueError(f"slots: expected -1 (no adapter) or 0..{count - 1}, got {bad}")
         used = slots[slots >= 0].long()
-        free = used[(size[used] < 0).reshape(used.numel(), -1).any(1)]
+        free = used[(size[used] < 0).reshape(used.numel(), size.shape[1:].numel()).any(1)]
         if free.numel():
             raise ValueError(f"slots: slot {int(free[0])} holds no adapter; load one into it first")
