@@ -17,6 +17,7 @@
 WEAK void __sanitizer_start_switch_fiber(void** save, const void* bottom, std::size_t size);
 WEAK void __sanitizer_finish_switch_fiber(void* save, const void** bottom, std::size_t* size);
 WEAK void __sanitizer_set_death_callback(void (*callback)());
+WEAK void __asan_poison_memory_region(const volatile void* address, std::size_t size);
 WEAK void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
 WEAK void* __tsan_create_fiber(unsigned flags);
 WEAK void __tsan_destroy_fiber(void* fiber);
@@ -26,11 +27,13 @@ WEAK void __tsan_set_fiber_name(void* fiber, const char* name);
 WEAK void __tsan_acquire(void* address);
 WEAK void __tsan_release(void* address);
 WEAK char __start_simt_shared[], __stop_simt_shared[];
+WEAK char __data_start[], _end[];  // the program's variables
 
 namespace simt {
 namespace {
 
 constexpr std::size_t kStack = 256 << 10, kGuard = 4 << 10, kMostShared = 227 << 10;
+constexpr int kNaps = 100;  // in a row, of all who are not waiting: then nobody will wake them
 
 struct Context {
   ucontext_t registers;
@@ -42,22 +45,34 @@ struct Context {
 
 enum class State { ready, waiting, done };
 
+// What names a barrier to ThreadSanitizer, by its address. Two take turns: who leaves one late must
+// not be ordered behind those who have come to the next.
+struct Meeting {
+  char order[2] = {};
+  int turn = 0;
+};
+
 struct Fiber : Context {
   uint3 index;
   State state = State::ready;
   Site site = {};          // where it waits
   unsigned waits_for = 0;  // these lanes; 0: the whole block
+  bool napping = false;
   std::uint64_t given = 0, received[32] = {};
-  char order = 0;  // its address names a __syncwarp to ThreadSanitizer
+  std::vector<Copy> copies;
+  unsigned group = 0;  // of the copies to come
+  Meeting meeting;  // __syncwarp of a mask that begins with this lane
 };
 
 struct Block {
   std::string kernel, failure;
   const std::function<void()>* body;
   std::vector<Fiber> fibers;
-  void* shared;
+  char* shared;
+  std::size_t shared_bytes;
   unsigned at_barrier;
-  char start, barrier, end;  // their addresses name what orders, to ThreadSanitizer
+  Meeting barrier;
+  char start, end;  // as a meeting's
 };
 
 Context host;
@@ -109,8 +124,11 @@ const Kept& keep(std::size_t i) {
   return pool[i];
 }
 
-// Threads that were stopped on the way leave redzones and open calls behind.
+// Threads that were stopped on the way leave redzones, open copies and open calls behind.
 void clean_up() {
+  if (__asan_unpoison_memory_region)
+    for (const Fiber& fiber : block->fibers)
+      for (const Copy& copy : fiber.copies) __asan_unpoison_memory_region(copy.to, 16);
   for (Kept& kept : pool) {
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(kept.stack, kStack);
     if (kept.thread) __tsan_destroy_fiber(kept.thread);
@@ -133,6 +151,8 @@ void enter() {
     __sanitizer_finish_switch_fiber(nullptr, &host.bottom, &host.size);
   acquire(&block->start);
   (*block->body)();
+  if (!running->copies.empty())
+    fail(running->copies[0].site, "is waited for by nobody: the thread has exited");
   running->state = State::done;
   release(&block->end);
   go(*running, host, true);
@@ -177,9 +197,12 @@ void prepare(Fiber& fiber, const Kept& kept) {
 void run_block(std::size_t shared_bytes) {
   // Volatile: a loop that becomes memset would be checked against the redzones between variables.
   for (volatile char* p = __start_simt_shared; p < __stop_simt_shared; ++p) *p = char(0xFF);
-  if (posix_memalign(&block->shared, 128, shared_bytes + !shared_bytes)) throw std::bad_alloc();
-  const std::unique_ptr<void, void (*)(void*)> owned(block->shared, std::free);
-  std::memset(block->shared, 0xFF, shared_bytes);
+  void* shared;
+  if (posix_memalign(&shared, 128, shared_bytes + !shared_bytes)) throw std::bad_alloc();
+  const std::unique_ptr<void, void (*)(void*)> owned(shared, std::free);
+  std::memset(shared, 0xFF, shared_bytes);
+  block->shared = static_cast<char*>(shared);
+  block->shared_bytes = shared_bytes;
 
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   block->at_barrier = 0;
@@ -191,16 +214,24 @@ void run_block(std::size_t shared_bytes) {
     prepare(fiber, keep(i));
   }
   bool moved = true;
-  while (moved && block->failure.empty()) {
+  for (int naps = 0; moved && block->failure.empty();) {
     moved = false;
+    bool awake = false;
     for (Fiber& fiber : block->fibers) {
       if (fiber.state != State::ready || !block->failure.empty()) continue;
+      if (naps == kNaps) {
+        block->failure = place(fiber) + ": " + place(fiber.site) + " waits for what nobody brings";
+        break;
+      }
       moved = true;
+      fiber.napping = false;
       running = &fiber;
       threadIdx = fiber.index;
       go(host, fiber);
       running = nullptr;
+      awake |= !fiber.napping;
     }
+    naps = awake ? 0 : naps + 1;
   }
   for (const Fiber& fiber : block->fibers)
     if (block->failure.empty() && fiber.state == State::waiting) block->failure = stuck();
@@ -248,26 +279,65 @@ void fail(Site site, const std::string& why) {
   std::abort();  // an abandoned fiber is never entered again
 }
 
+void nap(Site site) {
+  running->site = site;
+  running->napping = true;
+  release(&block->end);
+  go(*running, host);
+}
+
+void check_shared(const void* p, Site site) {
+  const auto* at = static_cast<const char*>(p);
+  const auto inside = [&](const char* begin, const char* end) {
+    return at >= begin && at + 16 <= end;
+  };
+  if (!inside(block->shared, block->shared + block->shared_bytes) &&
+      !inside(__data_start, _end))
+    fail(site, "is given an address outside the block's shared memory");
+  if (reinterpret_cast<std::uintptr_t>(p) % 16)
+    fail(site, "is given an address in shared memory that is no multiple of 16");
+}
+
+void copy_later(const Copy& copy) {
+  running->copies.push_back(copy);
+  running->copies.back().group = running->group;
+  if (__asan_poison_memory_region) __asan_poison_memory_region(copy.to, 16);
+}
+
+void commit_copies() { ++running->group; }
+
+bool next_copy(unsigned left, Copy* copy) {
+  auto& copies = running->copies;
+  if (copies.empty() || copies[0].group + left >= running->group) return false;
+  *copy = copies[0];
+  copies.erase(copies.begin());
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(copy->to, 16);
+  return true;
+}
+
 void barrier(Site site) {
   static Site first;
   if (block->at_barrier == 0) first = site;
   if (first.line != site.line || std::strcmp(first.file, site.file))
     fail(site, "is not reached by all: others wait in " + place(first));
-  release(&block->barrier);
+  char* const order = &block->barrier.order[block->barrier.turn];
+  release(order);
   if (++block->at_barrier < block->fibers.size()) {
     wait(site, 0);
   } else {
     block->at_barrier = 0;
+    block->barrier.turn ^= 1;
     for (Fiber& fiber : block->fibers) fiber.state = State::ready;
   }
-  acquire(&block->barrier);
+  acquire(order);
 }
 
 const std::uint64_t* exchange(unsigned mask, std::uint64_t value, bool orders, Site site) {
   const std::size_t self = running - block->fibers.data(), lane = self % 32;
   Fiber* const lanes = running - lane;
   if (!(mask >> lane & 1)) fail(site, "is called by a lane outside its own mask");
-  char* const order = &lanes[__builtin_ctz(mask)].order;
+  Meeting& meeting = lanes[__builtin_ctz(mask)].meeting;
+  char* const order = &meeting.order[meeting.turn];
   if (orders) release(order);
   running->given = value;
   bool complete = true;
@@ -280,6 +350,7 @@ const std::uint64_t* exchange(unsigned mask, std::uint64_t value, bool orders, S
   if (!complete) {
     wait(site, mask);
   } else {
+    meeting.turn ^= 1;
     for (unsigned i = 0; i < 32; ++i) {
       if (!takes_part(i, mask)) continue;
       lanes[i].state = State::ready;

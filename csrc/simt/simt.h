@@ -7,10 +7,15 @@
 //   - misaligned vectors, overflow: -fsanitize=undefined;
 //   - races between the threads of a block, on shared and on global memory: -fsanitize=thread, to
 //     which every fiber is a thread and only barriers, __syncwarp and atomics order them. A shuffle
-//     orders nothing, as on a GPU;
-//   - shared memory read before it was written: it starts as 0xFF bytes, which is NaN.
+//     and an mma order nothing, as on a GPU;
+//   - shared memory read before it was written: it starts as 0xFF bytes, which is NaN (but g++ lets
+//     no static variable of a template into the section: there FP_DYNAMIC_SHARED is the better);
+//   - memory that a cp.async writes, read or written before the wait for it: -fsanitize=address; no
+//     barrier after the wait: -fsanitize=thread. The copy is made at the wait, by its thread;
+//   - a wait (__nanosleep in a loop) that nobody can end: std::logic_error. A flag of an earlier
+//     block is there, one of a later block never comes: so nothing here must need it.
 // What is not: races between blocks; a fence that is missing beside an atomic, as atomics are
-// sequentially consistent here; a block that waits for a later one (it never comes).
+// sequentially consistent here.
 // simt.cpp is compiled without sanitizers, whichever the kernels have.
 #pragma once
 
@@ -27,7 +32,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // One block runs at a time, so its shared variables are plain statics; in a section of their own
 // they can be filled before each block (-fsanitize-sections=simt_shared puts redzones between).
 #define __shared__ static __attribute__((section("simt_shared")))
@@ -134,6 +139,19 @@ const std::uint64_t* exchange(unsigned mask, std::uint64_t value, bool orders, S
 // Stops the launch: std::logic_error with the running thread's place in front.
 [[noreturn]] void fail(Site site, const std::string& why);
 bool takes_part(unsigned lane, unsigned mask);  // is in the mask, and this warp has it
+void nap(Site site);                            // lets the others run
+
+// Copies that this thread has begun: 16 bytes each, of which the last 16 - bytes become zero.
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, group;
+  Site site;
+};
+void check_shared(const void* p, Site site);  // 16 bytes of shared memory at whole 16 bytes
+void copy_later(const Copy& copy);
+void commit_copies();
+bool next_copy(unsigned left, Copy* copy);  // one that is due when `left` groups may stay open
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Site site) {
@@ -193,6 +211,8 @@ inline unsigned __ballot_sync(unsigned mask, bool v, SIMT_HERE) {
   return votes;
 }
 
+inline void __nanosleep(unsigned, SIMT_HERE) { simt::nap(SIMT_SITE("__nanosleep")); }
+
 // --- memory and arithmetic ----------------------------------------------------------------------
 template <class T>
 T __ldg(const T* p) {
@@ -226,3 +246,89 @@ template <class T>
 T max(T a, T b) {
   return a < b ? b : a;
 }
+
+// --- what cuda/device.h does in PTX -------------------------------------------------------------
+namespace simt {
+
+inline float half_of(unsigned pair, int i, __half) {
+  __half v[2];
+  std::memcpy(v, &pair, sizeof v);
+  return __half2float(v[i]);
+}
+inline float half_of(unsigned pair, int i, __nv_bfloat16) {
+  return __bfloat162float({static_cast<std::uint16_t>(pair >> 16 * i)});
+}
+
+}  // namespace simt
+
+namespace fusedpeft::cuda {
+
+// Lane 4 g + t holds A's rows g and g + 8 at columns 2 t and 2 t + 8 (and one on), B's column g at
+// the same k, and D's rows g and g + 8 at columns 2 t and one on.
+template <class T>
+void mma(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], SIMT_HERE) {
+  const simt::Site site = SIMT_SITE("mma");
+  if (!simt::takes_part(31, ~0u)) simt::fail(site, "needs 32 lanes");
+  std::uint64_t given[3][32];
+  const unsigned mine[3][2] = {{a[0], a[1]}, {a[2], a[3]}, {b[0], b[1]}};
+  for (int i = 0; i < 3; ++i) {
+    const std::uint64_t both = mine[i][0] | std::uint64_t{mine[i][1]} << 32;
+    std::memcpy(given[i], simt::exchange(~0u, both, false, site), sizeof given[i]);
+  }
+  const auto at = [&](int i, int lane, int row8, int k) {  // row8: which half of the 64 bits
+    return simt::half_of(static_cast<unsigned>(given[i][lane] >> 32 * row8), k % 2, T{});
+  };
+  const int g = simt::lane() / 4, t = simt::lane() % 4;
+  for (int k = 0; k < 16; ++k)
+    for (int i = 0; i < 4; ++i)
+      d[i] += at(k / 8, 4 * g + k % 8 / 2, i / 2, k) *
+              at(2, 4 * (2 * t + i % 2) + k % 8 / 2, k / 8, k);
+}
+
+// Matrix i is at the 8 addresses of lanes 8 i to 8 i + 7, a row of 8 each.
+template <bool kTransposed = false>
+void ldmatrix(unsigned (&r)[4], const void* row, SIMT_HERE) {
+  const simt::Site site = SIMT_SITE("ldmatrix");
+  if (!simt::takes_part(31, ~0u)) simt::fail(site, "needs 32 lanes");
+  simt::check_shared(row, site);
+  std::uint64_t rows[32];
+  const auto mine = reinterpret_cast<std::uintptr_t>(row);
+  std::memcpy(rows, simt::exchange(~0u, mine, false, site), sizeof rows);
+  const int g = simt::lane() / 4, t = simt::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    r[i] = 0;
+    for (int j = 0; j < 2; ++j) {
+      const int at = kTransposed ? 2 * t + j : g, column = kTransposed ? g : 2 * t + j;
+      r[i] |= unsigned{reinterpret_cast<const std::uint16_t*>(rows[8 * i + at])[column]} << 16 * j;
+    }
+  }
+}
+
+inline void cp_async16(void* shared, const void* global, unsigned bytes = 16, SIMT_HERE) {
+  const simt::Site site = SIMT_SITE("cp_async16");
+  simt::check_shared(shared, site);
+  if (reinterpret_cast<std::uintptr_t>(global) % 16)
+    simt::fail(site, "reads at an address that is no multiple of 16");
+  if (bytes > 16) simt::fail(site, "reads " + std::to_string(bytes) + " bytes of 16");
+  const auto* from = static_cast<const volatile char*>(global);
+  for (unsigned i = 0; i < bytes; ++i) (void)from[i];  // also now, for the sanitizers
+  auto* to = static_cast<volatile char*>(shared);
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<char>(0xFF);
+  simt::copy_later({shared, global, bytes, 0, site});
+}
+inline void cp_async_commit() { simt::commit_copies(); }
+template <int kLeft>
+void cp_async_wait() {
+  simt::Copy copy;
+  while (simt::next_copy(kLeft, &copy)) {
+    const auto* from = static_cast<const volatile char*>(copy.from);
+    auto* to = static_cast<volatile char*>(copy.to);
+    for (unsigned i = 0; i < 16; ++i) to[i] = i < copy.bytes ? from[i] : char{0};
+  }
+}
+
+inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void store_release(unsigned* p, unsigned v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline void add_release(unsigned* p, unsigned v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+
+}  // namespace fusedpeft::cuda
