@@ -10,6 +10,7 @@ from fusedpeft.ops.linear_logprob import (
 from fusedpeft.ops.lora import lora_linear, lora_linear_ref
 from fusedpeft.ops.lora_multi import lora_linear_multi, lora_linear_multi_ref
 from fusedpeft.ops.multi_adapter import multi_bottleneck_adapter, multi_bottleneck_adapter_ref
+from fusedpeft.ops.multi_lora import multi_lora_linear, multi_lora_linear_ref
 from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
 from fusedpeft.ops.prefix_attention import prefix_attention, prefix_attention_ref
 from fusedpeft.ops.quantised import FP8Weight, NF4Weight
@@ -28,6 +29,8 @@ __all__ = [
     "lora_linear_multi",
     "lora_linear_multi_ref",
     "lora_linear_ref",
+    "multi_lora_linear",
+    "multi_lora_linear_ref",
     "prefix_attention",
     "prefix_attention_ref",
     "multi_bottleneck_adapter",

@@ -31,7 +31,8 @@ class LoRASlots(NamedTuple):
 
     Of slot s and part i (0 where nothing is stacked), with R = rank[s, i] and L = row_stride(R):
     A is [R, K] at a[s, i·max_rank:], B is [N_i, L] (columns from R on are zero) in b[s], its first
-    element at max_rank·(N_0 + … + N_{i−1}).
+    element at max_rank·(N_0 + … + N_{i−1}). max_rank is a multiple of RANK_STEP. A slot is free
+    where the rank of any of its parts is -1.
     """
 
     a: Tensor  # [slots, parts·max_rank, K], K contiguous
@@ -43,6 +44,130 @@ class LoRASlots(NamedTuple):
     @property
     def max_rank(self) -> int:
         return self.a.shape[1] // len(self.sizes)
+
+    @torch.no_grad()
+    def put(self, slot: int, parts: Sequence[LoRA | tuple | None] | None) -> None:
+        """Writes an adapter into a slot, on the current stream; None: none, and no byte stays.
+
+        parts: (a [R, K], b [N_i, R], scale) of each part, ranks differ freely; None for a part that
+        the adapter leaves alone. Cast to the pool's dtype, from any device. Raises ValueError where
+        it does not fit, before anything is written.
+        """
+        count, _, k = self.a.shape
+        if not 0 <= slot < count:
+            raise ValueError(f"slot: expected 0..{count - 1}, got {slot}")
+        if parts is not None:
+            self._check_fits(parts, k)
+        for t, empty in ((self.rank, -1), (self.a, 0), (self.b, 0), (self.scale, 0)):
+            t[slot].fill_(empty)
+        if parts is None:
+            return
+        for i, part in enumerate(parts):
+            a, b = self._places(slot, i, 0 if part is None else part[0].shape[0])
+            if part is not None:
+                a.copy_(part[0], non_blocking=True)
+                b.copy_(part[1], non_blocking=True)
+                self.scale[slot, i].fill_(float(part[2]))
+        for i, part in enumerate(parts):  # once all is there
+            self.rank[slot, i].fill_(0 if part is None else part[0].shape[0])
+
+    def get(self, slot: int) -> list[LoRA]:
+        """The adapter of a slot, part by part, as views. Reads rank and scale: waits for a GPU."""
+        if not 0 <= slot < self.rank.shape[0]:
+            raise ValueError(f"slot: expected 0..{self.rank.shape[0] - 1}, got {slot}")
+        ranks = self.rank[slot].tolist()
+        if min(ranks) < 0:
+            raise ValueError(f"slots: slot {slot} holds no adapter; load one into it first")
+        scales = self.scale[slot].tolist()
+        places = (self._places(slot, i, rank) for i, rank in enumerate(ranks))
+        return [LoRA(a, b, s) for (a, b), s in zip(places, scales, strict=True)]
+
+    def _places(self, slot: int, part: int, rank: int) -> tuple[Tensor, Tensor]:
+        """A [rank, K] and B [N_i, rank] where they lie."""
+        first, n, stride = part * self.max_rank, self.sizes[part], row_stride(rank)
+        at = self.max_rank * sum(self.sizes[:part])
+        b = self.b[slot, at : at + n * stride].view(n, stride)
+        return self.a[slot, first : first + rank], b[:, :rank]
+
+    def _check_fits(self, parts: Sequence[LoRA | tuple | None], k: int) -> None:
+        if len(parts) != len(self.sizes):
+            raise ValueError(f"parts: expected {len(self.sizes)}, as sizes, got {len(parts)}")
+        for i, (part, n) in enumerate(zip(parts, self.sizes, strict=True)):
+            if part is None:
+                continue
+            a, b, _ = part
+            r = a.shape[0]
+            if a.shape != (r, k):
+                raise ValueError(f"a of part {i}: expected [R, {k}], got {tuple(a.shape)}")
+            if b.shape != (n, r):
+                raise ValueError(f"b of part {i}: expected {(n, r)}, got {tuple(b.shape)}")
+            if r > self.max_rank:
+                raise ValueError(f"a of part {i}: expected a rank <= {self.max_rank}, got {r}")
+
+
+class LoRA(NamedTuple):
+    """The update of one linear: scale · B A."""
+
+    a: Tensor  # [R, K]
+    b: Tensor  # [N, R]
+    scale: float
+
+
+def empty_lora_slots(
+    k: int,
+    sizes: Sequence[int],
+    slots: int,
+    max_rank: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> LoRASlots:
+    """Free slots for the adapters of linears [N_i, K], N_i in sizes; max_rank is rounded up."""
+    most, parts = row_stride(max(max_rank, 1)), len(sizes)
+    return LoRASlots(
+        a=torch.zeros(slots, parts * most, k, dtype=dtype, device=device),
+        b=torch.zeros(slots, sum(sizes) * most, dtype=dtype, device=device),
+        rank=torch.full((slots, parts), -1, dtype=torch.int32, device=device),
+        scale=torch.zeros(slots, parts, dtype=torch.float32, device=device),
+        sizes=tuple(int(n) for n in sizes),
+    )
+
+
+def lora_slots(
+    adapters: Sequence[tuple | Sequence[LoRA | tuple | None] | None],
+    max_rank: int | None = None,
+    slots: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> LoRASlots:
+    """Slots that hold these adapters in their order; None leaves one free, as those after the last.
+
+    An adapter is (a [R, K], b [N, R], scale), or a list of such where linears are stacked, None for
+    a part that it leaves alone; each part needs an adapter that has it, which says its N. max_rank,
+    slots: room for ranks so large and that many; None: as much as these take. dtype, device: None
+    for the first adapter's.
+    """
+    given = [[e] if isinstance(e, tuple) else e for e in adapters]
+    held = [e for e in given if e is not None]
+    if not held:
+        raise ValueError("adapters: expected at least one, which says K and N, got none")
+    if len({len(e) for e in held}) != 1:
+        raise ValueError(f"adapters: expected as many parts in each, got {[len(e) for e in held]}")
+    first = [next((p for p in part if p is not None), None) for part in zip(*held, strict=True)]
+    if None in first:
+        raise ValueError(f"adapters: expected one that has part {first.index(None)}, got none")
+    like, sizes = first[0][0], [p[1].shape[0] for p in first]
+    if max_rank is None:
+        max_rank = max(p[0].shape[0] for e in held for p in e if p is not None)
+    count = len(given) if slots is None else slots
+    if count < len(given):
+        raise ValueError(f"slots: expected >= {len(given)}, one for each adapter, got {count}")
+    made = empty_lora_slots(
+        like.shape[1], sizes, count, max_rank,
+        like.dtype if dtype is None else dtype, like.device if device is None else device,
+    )  # fmt: skip
+    for slot, parts in enumerate(given):
+        made.put(slot, parts)
+    return made
 
 
 class Adapter(NamedTuple):

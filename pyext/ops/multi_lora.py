@@ -1,0 +1,204 @@
+"""Many LoRA adapters in one batch: the frozen linear and each row's own update as one op.
+
+    y_m = W x_m + bias + scale_s · B_s (A_s x_m),  s = slots[m]       x [*, K]  W [N, K]  y [*, N]
+
+The adapters lie in `LoRASlots` (slots.py): ranks differ from slot to slot, and where linears are
+stacked each part of N has a rank, an A, a B and a scale of its own. Bytes beside the base's: A and
+B of each slot that is named, once. For decode: no gradients.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.multi_lora_cpu import aten_fwd
+from fusedpeft.ops.slots import RANK_STEP, LoRASlots, check_slots
+
+MAX_CUDA_TOKENS = 64  # rows that the CUDA kernel takes; beyond, the Triton one
+IMPLS = ("aten", "cuda", "triton")
+
+
+def multi_lora_linear_ref(
+    x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """The specification: row by row, part by part. The adapter is computed in its own dtype."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = F.linear(rows, w).to(torch.promote_types(x.dtype, pool.a.dtype))
+    for m, slot in enumerate(slots.tolist()):
+        at = 0
+        for (a, b, scale), n in zip(pool.get(slot) if slot >= 0 else (), pool.sizes, strict=False):
+            y[m, at : at + n] += scale * F.linear(F.linear(rows[m].to(a.dtype), a), b)
+            at += n
+    y = y if bias is None else y + bias
+    return y.to(x.dtype).view(*x.shape[:-1], w.shape[0])
+
+
+def choose_impl(
+    device_type: str, tokens: int, cuda: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """(implementation, why) that `multi_lora_linear` takes by itself. Pure; `doctor` prints it.
+
+    cuda: fusedpeft._C has the CUDA kernel.
+    """
+    if device_type != "cuda":
+        return "aten", "slot by slot, the rows that share one together"
+    if dtype == torch.float64:
+        return "aten", "the kernels sum in fp32: fp64 takes ATen"
+    if tokens <= MAX_CUDA_TOKENS and cuda:
+        return "cuda", f"at most {MAX_CUDA_TOKENS} tokens: one launch with the base"
+    if tokens <= MAX_CUDA_TOKENS:
+        return "triton", "fusedpeft._C was built without the CUDA kernel"
+    return "triton", f"more than {MAX_CUDA_TOKENS} tokens: grouped by slot"
+
+
+# --- custom op ----------------------------------------------------------------------------------
+
+_lib = torch.library.Library("fusedpeft", "FRAGMENT")
+_lib.define(
+    "multi_lora_linear(Tensor x, Tensor w, Tensor a, Tensor b, Tensor rank, Tensor scale, "
+    "Tensor slots, Tensor? bias, int[] sizes, str impl) -> Tensor"
+)
+
+
+def _kernel(module: str, name: str):
+    """A function of a module that imports triton or needs the CUDA half: looked up when called."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        raise NotImplementedError(
+            f"multi_lora_linear: expected {module}.{name} for CUDA tensors, got {error}"
+        ) from error
+
+
+def _forward(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias, impl: str) -> Tensor:
+    """x [M, K]. The values of `slots` are looked at here, where they are there under a compiler."""
+    check_slots(slots, x.shape[0], pool.rank)
+    impl = impl or choose_impl(x.device.type, x.shape[0], dtype=x.dtype)[0]
+    if impl == "cuda":
+        if x.shape[0] > MAX_CUDA_TOKENS:
+            raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {x.shape[0]}")
+        return _kernel("fusedpeft.ops.multi_lora_cuda", "cuda_fwd")(x, w, pool, slots, bias)
+    if impl == "triton":
+        return _kernel("fusedpeft.kernels.multi_lora", "multi_lora_fwd")(x, w, pool, slots, bias)
+    return aten_fwd(x, w, pool, slots, bias)
+
+
+def _op(x, w, a, b, rank, scale, slots, bias, sizes, impl):
+    return _forward(x, w, LoRASlots(a, b, rank, scale, tuple(sizes)), slots, bias, impl)
+
+
+_lib.impl("multi_lora_linear", _op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fusedpeft::multi_lora_linear")
+def _(x, w, a, b, rank, scale, slots, bias, sizes, impl):
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+# --- public -------------------------------------------------------------------------------------
+
+
+def _check(x, w, pool, bias, impl) -> None:
+    for name, t, dims in (("x", x, "[*, K]"), ("w", w, "[N, K]")):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor {dims}, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
+        if t.ndim != 2 and (t is not x or t.ndim < 1):
+            raise ValueError(f"{name}: expected {dims}, got shape {tuple(t.shape)}")
+    n, k = w.shape
+    if x.shape[-1] != k:
+        raise ValueError(
+            f"x: expected last dim K = {k} (w is {tuple(w.shape)}), got {tuple(x.shape)}"
+        )
+    if w.dtype != x.dtype:
+        raise TypeError(f"w: expected dtype {x.dtype} (as x), got {w.dtype}; cast one, or autocast")
+    if bias is not None:
+        if bias.shape != (n,) or bias.device != x.device:
+            raise ValueError(
+                f"bias: expected [{n}] on {x.device}, got {list(bias.shape)} on {bias.device}"
+            )
+        if bias.dtype != x.dtype:
+            raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
+    _check_pool(pool, x, n, k)
+    if torch.is_grad_enabled() and any(
+        t.requires_grad for t in (x, w, pool.a, pool.b, bias) if t is not None
+    ):
+        raise ValueError(
+            "multi_lora_linear: expected inputs without gradients, got one that requires them; "
+            "call it under torch.no_grad(), or train with lora_linear"
+        )
+    if impl is not None and impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
+    if impl in ("cuda", "triton") and x.dtype == torch.float64:
+        raise TypeError(f"impl={impl!r}: expected fp32, bf16 or fp16, got torch.float64")
+
+
+def _check_pool(pool: LoRASlots, x: Tensor, n: int, k: int) -> None:
+    if not isinstance(pool, LoRASlots):
+        raise TypeError(f"pool: expected LoRASlots (see lora_slots), got {type(pool).__name__}")
+    if not pool.sizes or sum(pool.sizes) != n:
+        raise ValueError(f"pool.sizes: expected a sum of N = {n}, got {pool.sizes}")
+    count, parts, most = pool.rank.shape[0], len(pool.sizes), pool.max_rank
+    if most < 1 or most % RANK_STEP:
+        raise ValueError(f"pool: expected max_rank a multiple of {RANK_STEP}, got {most}")
+    shapes = ((count, parts * most, k), (count, n * most), (count, parts), (count, parts))
+    dtypes = (pool.a.dtype, pool.a.dtype, torch.int32, torch.float32)
+    for name, t, shape, dtype in zip(pool._fields, pool, shapes, dtypes, strict=False):
+        if t.shape != shape:
+            raise ValueError(f"pool.{name}: expected {shape}, got {tuple(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"pool.{name}: expected device {x.device} (as x), got {t.device}")
+        if t.dtype != dtype:
+            raise TypeError(f"pool.{name}: expected {dtype}, got {t.dtype}")
+        if t.stride()[-1] != 1 or (t.ndim == 2 and name != "b" and not t.is_contiguous()):
+            raise ValueError(f"pool.{name}: expected contiguous rows, got strides {t.stride()}")
+    if pool.a.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"pool.a: expected {x.dtype} (as x) or fp32, got {pool.a.dtype}")
+
+
+def multi_lora_linear(
+    x: Tensor,
+    w: Tensor,
+    pool: LoRASlots,
+    slots: Tensor,
+    bias: Tensor | None = None,
+    *,
+    impl: str | None = None,
+) -> Tensor:
+    """y_m = W x_m + bias + scale_s · B_s (A_s x_m) with s = slots[m], for each stacked part of N.
+
+    x [*, K] of M rows and w [N, K] share a dtype (fp32, bf16, fp16; fp64 on ATen); bias [N]. The
+    pool is in that dtype or in fp32. slots [M] int32, one for each row: a slot of the pool, or -1
+    for the base alone. Returns [*, N] in x's dtype. No gradients.
+
+    On a GPU neither slots nor ranks are read by the host: nothing is allocated but y, and a CUDA
+    graph replays after slots were rewritten. A row that names no adapter's slot (out of range, or
+    free) comes back as NaN there, under FUSEDPEFT_DEBUG=1 and on a CPU it is an error.
+
+    impl: None chooses by device and rows (`fusedpeft doctor` shows it); "cuda" (at most 64 rows),
+    "triton", "aten" force one. Raises TypeError or ValueError with the expected and the given value
+    before anything is launched.
+    """
+    device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, w, bias = (None if t is None else t.to(dtype) for t in (x, w, bias))
+    _check(x, w, pool, bias, impl)
+    x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    if (
+        all(type(t) in PLAIN for t in (x, w, *pool[:4], slots))
+        and not torch.compiler.is_compiling()
+    ):
+        y = _forward(x2, w, pool, slots, bias, impl or "")
+    else:
+        args = (x2, w, *pool[:4], slots, bias, pool.sizes, impl or "")
+        y = torch.ops.fusedpeft.multi_lora_linear(*args)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], w.shape[0])
