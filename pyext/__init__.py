@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 _LAYERS = (
     "LoRA",
+    "PrefixTuning",
+    "PromptTuning",
     "accelerate",
     "activate",
     "attach",

@@ -3,7 +3,7 @@
 from fusedpeft.layers.accelerate import AccelerateReport, accelerate
 from fusedpeft.layers.attach import activate, attach, detach, trainable_parameters
 from fusedpeft.layers.checkpoint import load_adapter, save_adapter
-from fusedpeft.layers.config import LoRA
+from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.merge import merge, unmerge
 
@@ -11,6 +11,8 @@ __all__ = [
     "AccelerateReport",
     "LoRA",
     "LoraLinear",
+    "PrefixTuning",
+    "PromptTuning",
     "accelerate",
     "activate",
     "attach",

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.config import LoRA
-from fusedpeft.layers.lora import LoraLinear
-from fusedpeft.layers.targets import match_targets, nearest
+from fusedpeft.layers import lora_method, prefix, prompt
+from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.targets import nearest
 
 _STATE = "_fusedpeft"
+Config = LoRA | PrefixTuning | PromptTuning
+# A method is a module with
+#   plan(model, config, strict)           all that can go wrong: raises InputError, changes nothing
+#   add(model, config, name, the plan)    its parameters, in place
+#   check_together({name: config})        raises InputError for what cannot be active at once
+#   activate(model, names)                the ones of its own that act and train
+#   remove(model, name)
+METHODS = {LoRA: lora_method, PrefixTuning: prefix, PromptTuning: prompt}
 
 
 @dataclass
 class State:
     """What a model remembers of its adapters."""
 
-    configs: dict[str, LoRA] = field(default_factory=dict)
+    configs: dict[str, Config] = field(default_factory=dict)
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     was_trainable: list[nn.Parameter] = field(default_factory=list)
+
+    def of(self, kind: type, names: Sequence[str]) -> dict[str, Config]:
+        """Those of `names` that are of one method."""
+        return {n: self.configs[n] for n in names if isinstance(self.configs[n], kind)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -41,11 +52,6 @@ def state_of(model: nn.Module, name: str | None = None) -> State:
     if name is not None and name not in state.configs:
         raise InputError(f"no adapter is named {name!r}; {nearest(str(name), state.configs)}")
     return state
-
-
-def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(path, module) of every adapted linear, shared ones once."""
-    return ((p, m) for p, m in model.named_modules() if isinstance(m, LoraLinear))
 
 
 def require_unmerged(state: State | None, what: str) -> None:
@@ -68,35 +74,27 @@ def check_new(model: nn.Module, name: str) -> None:
     require_unmerged(state, "attach")
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` stands: a module can stand in several places."""
-    for parent in list(model.modules()):
-        if parent is new:
-            continue
-        for child, module in parent._modules.items():
-            if module is old:
-                parent._modules[child] = new
-
-
-def attach(model: nn.Module, config: LoRA, name: str = "default") -> nn.Module:
-    """Add a LoRA adapter to the model, in place, and return the model. Its output is unchanged
-    until the adapter learns (B is zero).
+def attach(model: nn.Module, config: Config, name: str = "default") -> nn.Module:
+    """Add an adapter to the model, in place, and return the model.
 
     The first adapter freezes the base. The new adapter becomes the only active, the only trainable
-    one (`activate` changes that). `targets` choose the linears: LoRA's docstring.
+    one (`activate` changes that). LoRA leaves the output as it is until the adapter learns (B is
+    zero); which linears it goes on, its docstring says.
     Raises InputError, before anything is changed: no module matches (the nearest names are
-    suggested), a name taken, a model that is merged or PEFT's.
+    suggested), a name taken, a model that is merged or PEFT's, or that the method cannot serve.
     """
     attach_to(unwrap(model), config, name, strict=True)
     return model
 
 
-def attach_to(model: nn.Module, config: LoRA, name: str, strict: bool) -> None:
-    """`attach` on the unwrapped model; not strict: names of `targets` may match nothing."""
-    if not isinstance(config, LoRA):
-        raise InputError(f"attach: expected a LoRA config, got {type(config).__name__}")
+def attach_to(model: nn.Module, config: Config, name: str, strict: bool) -> None:
+    """`attach` on the unwrapped model; not strict: names of LoRA's `targets` may match nothing."""
+    method = METHODS.get(type(config))
+    if method is None:
+        known = ", ".join(kind.__name__ for kind in METHODS)
+        raise InputError(f"attach: expected a config ({known}), got {type(config).__name__}")
     check_new(model, name)
-    found = match_targets(model, config.targets, strict=strict)
+    planned = method.plan(model, config, strict)
 
     state = getattr(model, _STATE, None)
     if state is None:
@@ -104,22 +102,17 @@ def attach_to(model: nn.Module, config: LoRA, name: str, strict: bool) -> None:
         for parameter in state.was_trainable:
             parameter.requires_grad_(False)
         setattr(model, _STATE, state)
-    for path, module in found.items():
-        if not isinstance(module, LoraLinear):
-            wrapper = LoraLinear(module, transposed=isinstance(module, Conv1D))
-            _replace(model, module, wrapper)
-            module = wrapper
-        rank, scale = config.rank_and_scale(path)
-        module.add(name, rank, scale, config.dropout, config.dora)
+    method.add(model, config, name, planned)
     state.configs[name] = config
     activate(model, name)
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
-    """Choose the adapters that act and train: one, several (their updates add up), None for none.
+    """Choose the adapters that act and train: one, several, None for none.
 
-    DoRA rescales the whole weight, so a DoRA adapter acts alone. Raises InputError for an unknown
-    name, for DoRA beside another, and while merged.
+    LoRA's updates add up; a prefix, a prompt and LoRA act together. DoRA rescales the whole weight,
+    so a DoRA adapter is the only LoRA; one prefix and one prompt act at a time. Raises InputError
+    for an unknown name, for what cannot be together, and while merged.
     """
     model = unwrap(model)
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
@@ -127,11 +120,10 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
     for name in wanted:
         state_of(model, name)
     require_unmerged(state, "activate")
-    dora = [n for n in wanted if state.configs[n].dora]
-    if dora and len(wanted) > 1:
-        raise InputError(f"DoRA adapter {dora[0]!r} rescales the whole weight: activate it alone")
-    for _, module in lora_modules(model):
-        module.activate(wanted)
+    for kind, method in METHODS.items():
+        method.check_together(state.of(kind, wanted))
+    for kind, method in METHODS.items():
+        method.activate(model, tuple(state.of(kind, wanted)))
     state.active = wanted
 
 
@@ -144,21 +136,10 @@ def detach(model: nn.Module, name: str = "default") -> None:
     model = unwrap(model)
     state = state_of(model, name)
     require_unmerged(state, "detach")
-    del state.configs[name]
-    state.active = tuple(n for n in state.active if n != name)
-    for _, module in list(lora_modules(model)):
-        if name in module.adapters:
-            del module.adapters[name]
-        module.activate(state.active)
-        if not module.adapters:
-            restore(model, module)
+    activate(model, [n for n in state.active if n != name])
+    METHODS[type(state.configs.pop(name))].remove(model, name)
     if not state.configs:
         forget(model, state)
-
-
-def restore(model: nn.Module, module: LoraLinear) -> None:
-    """Put a LoraLinear's base back wherever it stood."""
-    _replace(model, module, module.base_layer)
 
 
 def forget(model: nn.Module, state: State) -> None:

@@ -13,15 +13,26 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.attach import attach_to, check_new, lora_modules, state_of, unwrap
-from fusedpeft.layers.config import ALL_LINEAR, LoRA
+from fusedpeft.layers.attach import METHODS, attach_to, check_new, state_of, unwrap
+from fusedpeft.layers.config import ALL_LINEAR, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.lora import LoraLinear
-from fusedpeft.layers.peft_config import CONFIG_NAME, read_config, selects_modules, to_peft
+from fusedpeft.layers.lora_method import lora_modules
+from fusedpeft.layers.peft_config import (
+    CONFIG_NAME,
+    expected_prompt,
+    prompt_to_peft,
+    read_config,
+    selects_modules,
+    to_peft,
+)
+from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of
+from fusedpeft.layers.prompt import prompt_of
 from fusedpeft.layers.targets import match_targets
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 _PREFIX = "base_model.model."
+_PROMPT = "prompt_embeddings"  # the one tensor of a prefix or a prompt
 # Tensor on disk -> the parameter's name here; the last is how PEFT wrote DoRA for a while.
 _SUFFIXES = {
     ".lora_A.weight": "lora_A",
@@ -57,8 +68,10 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     `load_adapter`. Returns the folder, made if need be.
 
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
-    `.lora_magnitude_vector` [N], in the parameters' dtype. Killed at any moment it leaves the old
-    adapter, the new one, or none that loads: never new weights under old settings.
+    `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
+    its projection folded away, a prompt one [P, d]; in the parameters' dtype. Killed at any moment
+    it leaves the old adapter, the new one, or none that loads: never new weights under old
+    settings.
     Raises InputError for an unknown name and where `dir` is a file.
     """
     model = unwrap(model)
@@ -69,16 +82,7 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"save_adapter: expected a folder, {error.filename} is a file") from error
 
-    adapted = [(path, m) for path, m in lora_modules(model) if name in m.adapters]
-    tensors: dict[str, Tensor] = {}
-    for path, module in adapted:
-        adapter = module.adapters[name]
-        for suffix, attribute in list(_SUFFIXES.items())[:3]:
-            value = getattr(adapter, attribute)
-            if value is not None:
-                tensors[_PREFIX + path + suffix] = value.detach().cpu().contiguous()
-    targets = [p for p, _ in adapted] if config.targets == ALL_LINEAR else config.targets
-    settings = to_peft(config, targets, model, any(m.transposed for _, m in adapted))
+    tensors, settings = (_lora if isinstance(config, LoRA) else _prompt)(model, config, name)
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
     config_path = folder / CONFIG_NAME
@@ -90,9 +94,31 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     return folder
 
 
+def _lora(model: nn.Module, config: LoRA, name: str) -> tuple[dict[str, Tensor], dict]:
+    """(tensors, settings) as PEFT keeps them."""
+    adapted = [(path, m) for path, m in lora_modules(model) if name in m.adapters]
+    tensors: dict[str, Tensor] = {}
+    for path, module in adapted:
+        adapter = module.adapters[name]
+        for suffix, attribute in list(_SUFFIXES.items())[:3]:
+            value = getattr(adapter, attribute)
+            if value is not None:
+                tensors[_PREFIX + path + suffix] = value.detach().cpu().contiguous()
+    targets = [p for p, _ in adapted] if config.targets == ALL_LINEAR else config.targets
+    return tensors, to_peft(config, targets, model, any(m.transposed for _, m in adapted))
+
+
+def _prompt(
+    model: nn.Module, config: PrefixTuning | PromptTuning, name: str
+) -> tuple[dict[str, Tensor], dict]:
+    prefix = isinstance(config, PrefixTuning)
+    values = flat_prefix(model, name) if prefix else prompt_of(model, name)
+    return {_PROMPT: values.detach().cpu().contiguous()}, prompt_to_peft(config, model)
+
+
 def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn.Module:
-    """Attach the LoRA adapter that PEFT or `save_adapter` wrote to `dir`, active and trainable,
-    under `name` (free so far); returns the model.
+    """Attach the adapter (LoRA, prefix or prompt) that PEFT or `save_adapter` wrote to `dir`,
+    active and trainable, under `name` (free so far); returns the model.
 
     Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. Raises InputError, before the model is
     changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
@@ -104,6 +130,9 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     config, raw = read_config(folder)
     tensors = _read_weights(folder)
     check_new(inner, name)
+    if not isinstance(config, LoRA):
+        _load_prompt(folder, inner, config, name, tensors)
+        return model
     by_path, extra = _by_path(tensors)
     if selects_modules(raw) and by_path:
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
@@ -116,6 +145,29 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
                 for attribute, value in by_path[path].items():
                     getattr(module.adapters[name], attribute).copy_(value)
     return model
+
+
+def _load_prompt(
+    folder: Path,
+    model: nn.Module,
+    config: PrefixTuning | PromptTuning,
+    name: str,
+    tensors: dict[str, Tensor],
+) -> None:
+    METHODS[type(config)].plan(model, config, True)
+    want = expected_prompt(config, shape_of(model.base_model))
+    got = {key: tuple(t.shape) for key, t in tensors.items()}
+    if got != {_PROMPT: want} or not tensors[_PROMPT].is_floating_point():
+        raise InputError(
+            f"{folder / WEIGHTS_NAME} does not fit this {type(model).__name__}: expected one "
+            f"floating tensor {_PROMPT} {want}, got {got}"
+        )
+    attach_to(model, config, name, strict=False)
+    if isinstance(config, PrefixTuning):
+        set_prefix(model, name, tensors[_PROMPT])
+    else:
+        with torch.no_grad():
+            prompt_of(model, name).copy_(tensors[_PROMPT])
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from fusedpeft.errors import InputError
 
@@ -75,8 +76,7 @@ def _is_number(value: object) -> bool:
 
 
 def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"LoRA {name}: expected a whole number >= 1, got {value!r}")
+    _check_count(f"LoRA {name}", value)
 
 
 def _check_alpha(name: str, value: object) -> None:
@@ -105,3 +105,59 @@ def _check_targets(targets: object) -> str | tuple[str, ...]:
     if not all(isinstance(t, str) and t for t in targets):
         raise InputError(f"LoRA targets: {wanted}, got {targets!r}")
     return tuple(sorted(targets) if isinstance(targets, (set, frozenset)) else targets)
+
+
+@dataclass(frozen=True)
+class PrefixTuning:
+    """Keys and values that every query of every layer sees, `length` of them (Li and Liang 2021).
+
+    length: P ≥ 1, at positions 0 … P − 1; the tokens' own positions start at P, as in PEFT.
+    projection: None trains keys and values directly; a width trains P embeddings and an MLP,
+    Linear(hidden, width), tanh, Linear(width, 2 · layers · HKV · D), whose output they are; saving
+    folds it away. Raises InputError for a value out of range.
+    """
+
+    length: int = 32
+    projection: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_count("PrefixTuning length", self.length)
+        if self.projection is not None:
+            _check_count("PrefixTuning projection", self.projection)
+
+
+@dataclass(frozen=True)
+class PromptTuning:
+    """Embeddings that stand before those of the tokens, `length` of them (Lester et al. 2021).
+
+    init: "random" (normal, with the spread of the model's own embeddings), "vocab" (those of random
+    tokens) or "text" (those of `init_text`, repeated or cut to `length`). tokenizer: for "text", a
+    tokenizer of transformers or a folder that holds one. Raises InputError for a value out of
+    range.
+    """
+
+    length: int = 20
+    init: str = "random"
+    init_text: str | None = None
+    tokenizer: Any = None
+
+    def __post_init__(self) -> None:
+        _check_count("PromptTuning length", self.length)
+        if self.init not in ("random", "vocab", "text"):
+            raise InputError(
+                f'PromptTuning init: expected "random", "vocab" or "text", got {self.init!r}'
+            )
+        if (self.init == "text") != (self.init_text is not None):
+            raise InputError(
+                f'PromptTuning init_text: expected a text with init="text" and none otherwise, got '
+                f"{self.init_text!r} with init={self.init!r}"
+            )
+        if self.init == "text" and self.tokenizer is None:
+            raise InputError(
+                'PromptTuning tokenizer: expected one, or its folder, with init="text", got None'
+            )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name}: expected a whole number >= 1, got {value!r}")

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.attach import (
-    State,
-    forget,
-    lora_modules,
-    require_unmerged,
-    restore,
-    state_of,
-    unwrap,
-)
+from fusedpeft.layers.attach import State, forget, require_unmerged, state_of, unwrap
+from fusedpeft.layers.config import LoRA
 from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.lora_method import lora_modules, restore
 
 _ORIGINAL = "_original_weight"
 
@@ -78,6 +72,12 @@ def merge(model: nn.Module, *, unload: bool = False) -> None:
     require_unmerged(state, "merge again")
     if not state.active:
         raise InputError("nothing to merge: no adapter is active")
+    for name in state.active:
+        if not isinstance(state.configs[name], LoRA):
+            kind = type(state.configs[name]).__name__
+            raise InputError(
+                f"cannot merge {name!r}: {kind} changes no weight; deactivate it first"
+            )
     _merge_weights(model)
     if unload:
         _unload(model, state)

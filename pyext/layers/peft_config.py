@@ -1,4 +1,4 @@
-"""adapter_config.json, PEFT's settings file, to and from `LoRA`."""
+"""adapter_config.json, PEFT's settings file, to and from the configs here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.config import LoRA
+from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.prefix import Shape, shape_of
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -34,12 +35,9 @@ _PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d: bool) -> dict:
     """The settings as PEFT writes them; what is left out takes PEFT's defaults."""
-    can_generate = getattr(model, "can_generate", None)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if can_generate is not None and can_generate() else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None)
-        or None,
+        **_about(model),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -51,11 +49,46 @@ def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d
         "fan_in_fan_out": conv1d,
         "bias": "none",
         "init_lora_weights": True,
+    }
+
+
+def _about(model: nn.Module) -> dict:
+    can_generate = getattr(model, "can_generate", None)
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return {
+        "task_type": "CAUSAL_LM" if can_generate is not None and can_generate() else None,
+        "base_model_name_or_path": name or None,
         "inference_mode": True,
     }
 
 
-def read_config(folder: Path) -> tuple[LoRA, dict[str, Any]]:
+def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dict:
+    """The same for virtual tokens. A prefix counts key heads, as PEFT does for grouped queries."""
+    shape = shape_of(model.base_model)
+    settings = {
+        **_about(model),
+        "num_virtual_tokens": config.length,
+        "num_transformer_submodules": 1,
+        "num_layers": shape.layers,
+    }
+    if isinstance(config, PromptTuning):
+        heads = model.config.num_attention_heads
+        sizes = {"num_attention_heads": heads, "token_dim": shape.hidden}
+        return {"peft_type": "PROMPT_TUNING", **settings, **sizes, "prompt_tuning_init": "RANDOM"}
+    sizes = {"num_attention_heads": shape.heads, "token_dim": shape.heads * shape.dim}
+    # The projection is folded away, so none has to be built to read it.
+    folded = {"encoder_hidden_size": shape.hidden, "prefix_projection": False}
+    return {"peft_type": "PREFIX_TUNING", **settings, **sizes, **folded}
+
+
+def expected_prompt(config: PrefixTuning | PromptTuning, shape: Shape) -> tuple[int, int]:
+    """The shape of `prompt_embeddings`."""
+    if isinstance(config, PromptTuning):
+        return config.length, shape.hidden
+    return config.length, 2 * shape.layers * shape.heads * shape.dim
+
+
+def read_config(folder: Path) -> tuple[LoRA | PrefixTuning | PromptTuning, dict[str, Any]]:
     """(LoRA, the raw settings). Raises InputError: missing, no JSON, not LoRA, a variant."""
     if not folder.is_dir():
         raise InputError(f"expected a folder with an adapter at {folder}, there is none")
@@ -68,6 +101,12 @@ def read_config(folder: Path) -> tuple[LoRA, dict[str, Any]]:
         raise InputError(f"{path}: expected JSON ({error})") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    try:
+        virtual = {"PREFIX_TUNING": PrefixTuning, "PROMPT_TUNING": PromptTuning}
+        if raw.get("peft_type") in virtual:
+            return virtual[raw["peft_type"]](length=raw.get("num_virtual_tokens")), raw
+    except InputError as error:
+        raise InputError(f"{path}: num_virtual_tokens: {error}") from error
     _check_plain(path, raw)
     try:
         config = LoRA(
@@ -92,7 +131,8 @@ def selects_modules(raw: dict[str, Any]) -> bool:
 
 def _check_plain(path: Path, raw: dict[str, Any]) -> None:
     if raw.get("peft_type") != "LORA":
-        raise InputError(f"{path}: expected peft_type 'LORA', got {raw.get('peft_type')!r}")
+        known = "'LORA', 'PREFIX_TUNING' or 'PROMPT_TUNING'"
+        raise InputError(f"{path}: expected peft_type {known}, got {raw.get('peft_type')!r}")
     if raw.get("bias", "none") != "none":
         raise InputError(f"{path}: bias={raw['bias']!r} is not supported, only 'none'")
     init = raw.get("init_lora_weights")

@@ -93,3 +93,18 @@ def stir() -> Callable[..., torch.nn.Module]:
         return model
 
     return stir
+
+
+@pytest.fixture
+def lively() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Weights so large that what a model says next depends on all that it has read."""
+
+    def lively(model: torch.nn.Module) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return lively

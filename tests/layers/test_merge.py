@@ -6,7 +6,7 @@ import torch
 import fusedpeft as fp
 from fusedpeft.errors import InputError
 from fusedpeft.layers import LoraLinear
-from fusedpeft.layers.attach import lora_modules
+from fusedpeft.layers.lora_method import lora_modules
 
 
 def logits(model, ids):

@@ -1,0 +1,284 @@
+"""Prefix tuning on a model: trained keys and values that stand before every layer's own.
+
+(Li and Liang 2021, "Prefix-Tuning", §4.) They enter through transformers' attention interface into
+`ops.prefix_attention`: no cache is filled and nothing is copied by row, so generation without a
+cache, gradient checkpointing, sliding windows and LoRA beside it work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.attention import CHILD, IMPLEMENTATION
+from fusedpeft.layers.config import PrefixTuning
+
+_INIT_STD = 0.02  # as in the paper's code
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+class LayerPrefix(nn.Module):
+    """One layer's share of a prefix: prefix_key, prefix_value [HKV, P, D]."""
+
+    def __init__(self, like: Tensor, shape: tuple[int, int, int]):
+        super().__init__()
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        for name in ("prefix_key", "prefix_value"):
+            values = torch.empty(shape, dtype=dtype, device=like.device)
+            self.register_parameter(name, nn.Parameter(nn.init.normal_(values, std=_INIT_STD)))
+
+
+class Projection(nn.Module):
+    """A prefix as the output of an MLP over P embeddings, which trains more stably."""
+
+    def __init__(self, like: Tensor, length: int, hidden: int, width: int, out: int):
+        super().__init__()
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        where = {"dtype": dtype, "device": like.device}
+        self.embedding = nn.Parameter(torch.empty(length, hidden, **where).normal_(std=_INIT_STD))
+        self.down = nn.Linear(hidden, width, **where)
+        self.up = nn.Linear(width, out, **where)
+
+    def forward(self) -> Tensor:
+        """[P, 2 · layers · HKV · D]: key and value of layer 0, of layer 1, …"""
+        return self.up(torch.tanh(self.down(self.embedding)))
+
+
+class AttentionPrefixes(nn.Module):
+    """A child of each attention module: its share of each prefix, and which one acts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self.folded: tuple[Tensor, Tensor] | None = None  # from a projection, at each forward
+
+    def current(self) -> tuple[Tensor, Tensor] | None:
+        if self.active in self.adapters:
+            own = self.adapters[self.active]
+            return own.prefix_key, own.prefix_value
+        return self.folded
+
+    def __getstate__(self) -> dict:  # a copy of the model makes its own
+        return {**self.__dict__, "folded": None}
+
+
+class Prefixes(nn.Module):
+    """A child of the backbone: projections, and how far the tokens' positions are moved."""
+
+    def __init__(self, previous: str):
+        super().__init__()
+        self.projections = nn.ModuleDict()
+        self.active: str | None = None
+        self.length = 0
+        self.previous = previous  # the attention implementation before
+        self._handles: list = []
+        self._folded_from: tuple | None = None
+
+    def fold(self, backbone: nn.Module, args, kwargs) -> None:
+        """Before the backbone runs: every layer's keys and values from the projection.
+
+        Without gradients only when a parameter has been written since: generation is not to pay
+        for the MLP at each token.
+        """
+        if self.active not in self.projections:
+            return
+        projection = self.projections[self.active]
+        parameters = list(projection.parameters())
+        grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        made_from = (
+            None if grad else (self.active, *((p.data_ptr(), p._version) for p in parameters))
+        )
+        if made_from is not None and made_from == self._folded_from:
+            return
+        layers = attention_layers(backbone)
+        for layer, pair in zip(layers, split(projection(), shape_of(backbone)), strict=True):
+            getattr(layer, CHILD).folded = pair
+        self._folded_from = made_from
+
+    def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before positions are embedded: the prefix stands at 0 … P − 1."""
+        if not self.length:
+            return args, kwargs
+        if "position_ids" in kwargs:
+            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.length}
+        at = len(args) - 1 if len(args) == 1 else 1  # an embedding's (ids), a rotary's (x, ids, …)
+        return (*args[:at], args[at] + self.length, *args[at + 1 :]), kwargs
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_folded_from": None}
+
+
+def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
+    """[P, 2 · layers · HKV · D] -> (key, value), each [HKV, P, D], for every layer."""
+    parts = flat.view(len(flat), 2 * shape.layers, shape.heads, shape.dim).permute(1, 2, 0, 3)
+    each = parts.unbind(0)
+    return list(zip(each[0::2], each[1::2], strict=True))
+
+
+def flat_prefix(model: nn.Module, name: str) -> Tensor:
+    """A prefix as PEFT keeps it, [P, 2 · layers · HKV · D]."""
+    backbone = model.base_model
+    root = getattr(backbone, CHILD)
+    if name in root.projections:
+        return root.projections[name]().detach()
+    own = [getattr(layer, CHILD).adapters[name] for layer in attention_layers(backbone)]
+    pairs = [t.detach() for one in own for t in (one.prefix_key, one.prefix_value)]
+    return torch.stack(pairs).permute(2, 0, 1, 3).flatten(1)
+
+
+def set_prefix(model: nn.Module, name: str, flat: Tensor) -> None:
+    """Write a prefix in PEFT's layout into one without a projection."""
+    backbone = model.base_model
+    pairs = split(flat, shape_of(backbone))
+    for layer, (key, value) in zip(attention_layers(backbone), pairs, strict=True):
+        own = getattr(layer, CHILD).adapters[name]
+        with torch.no_grad():
+            own.prefix_key.copy_(key)
+            own.prefix_value.copy_(value)
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    layers: int
+    heads: int  # HKV
+    dim: int  # D
+    hidden: int
+
+
+def attention_layers(backbone: nn.Module) -> list[nn.Module]:
+    """The self-attention modules, in the order of the layers."""
+    found = [
+        m
+        for m in backbone.modules()
+        if type(m).__name__.endswith("Attention")
+        and isinstance(getattr(m, "layer_idx", None), int)
+        and not getattr(m, "is_cross_attention", False)
+    ]
+    return sorted(found, key=lambda m: m.layer_idx)
+
+
+def shape_of(backbone: nn.Module) -> Shape:
+    config = backbone.config
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return Shape(config.num_hidden_layers, groups, dim, config.hidden_size)
+
+
+def _positions(backbone: nn.Module) -> list[nn.Module]:
+    """The modules that turn positions into rotations or embeddings."""
+    ends = ("rotary_emb", "wpe")
+    return [m for path, m in backbone.named_modules() if path.rpartition(".")[2] in ends]
+
+
+def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"PrefixTuning: expected a model of transformers, got {kind}")
+    settings = model.config
+    if settings.is_encoder_decoder:
+        raise InputError(f"PrefixTuning: expected a decoder-only model, got {kind} (two stacks)")
+    if not model._can_set_attn_implementation():
+        raise InputError(
+            f"PrefixTuning: {kind} does not take its attention from transformers' interface, so "
+            "a prefix cannot reach it"
+        )
+    backbone = model.base_model
+    layers, shape = attention_layers(backbone), shape_of(backbone)
+    if len(layers) != shape.layers or not all(getattr(m, "is_causal", False) for m in layers):
+        raise InputError(
+            f"PrefixTuning: expected {shape.layers} causal self-attention layers in {kind}, found "
+            f"{len(layers)}"
+        )
+    for name in ("attn_logit_softcapping", "sinks"):
+        if getattr(settings, name, None) or hasattr(layers[0], name):
+            raise InputError(f"PrefixTuning: {kind} has {name}, which the prefix kernels do not do")
+    for layer in layers:
+        out = getattr(getattr(layer, "k_proj", None), "out_features", shape.heads * shape.dim)
+        if out != shape.heads * shape.dim:
+            raise InputError(
+                f"PrefixTuning: expected {shape.heads} key heads of {shape.dim} in every layer of "
+                f"{kind}, layer {layer.layer_idx} has {out} features"
+            )
+    if not _positions(backbone):
+        raise InputError(
+            f"PrefixTuning: expected a rotary_emb or a wpe in {kind}, whose positions it moves, "
+            "found neither"
+        )
+
+
+def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> None:
+    backbone = model.base_model
+    layers, shape = attention_layers(backbone), shape_of(backbone)
+    root = getattr(backbone, CHILD, None)
+    if root is None:
+        root = Prefixes(model.config._attn_implementation)
+        root._handles = [backbone.register_forward_pre_hook(root.fold, with_kwargs=True)]
+        for module in _positions(backbone):
+            root._handles.append(module.register_forward_pre_hook(root.shift, with_kwargs=True))
+        backbone.add_module(CHILD, root)
+        for layer in layers:
+            layer.add_module(CHILD, AttentionPrefixes())
+        model.set_attn_implementation(IMPLEMENTATION)
+    like = next(layers[0].parameters())
+    if config.projection is None:
+        for layer in layers:
+            own = LayerPrefix(like, (shape.heads, config.length, shape.dim))
+            getattr(layer, CHILD).adapters[name] = own
+        return
+    out = 2 * shape.layers * shape.heads * shape.dim
+    root.projections[name] = Projection(
+        like, config.length, shape.hidden, config.projection, out
+    ).train(model.training)
+
+
+def check_together(wanted: Mapping[str, PrefixTuning]) -> None:
+    if len(wanted) > 1:
+        raise InputError(f"one prefix acts at a time: expected one of {list(wanted)}")
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    backbone = getattr(model, "base_model", model)
+    root = getattr(backbone, CHILD, None)
+    if root is None:
+        return
+    root.active = names[0] if names else None
+    root.length, root._folded_from = 0, None
+    for key, projection in root.projections.items():
+        projection.requires_grad_(key == root.active)
+        if key == root.active:
+            root.length = len(projection.embedding)
+    for layer in attention_layers(backbone):
+        own = getattr(layer, CHILD)
+        own.active, own.folded = root.active, None
+        for key, prefix in own.adapters.items():
+            prefix.requires_grad_(key == root.active)
+            if key == root.active:
+                root.length = prefix.prefix_key.shape[1]
+
+
+def remove(model: nn.Module, name: str) -> None:
+    backbone = model.base_model
+    root = getattr(backbone, CHILD)
+    layers = attention_layers(backbone)
+    root.projections.pop(name) if name in root.projections else None
+    for layer in layers:
+        own = getattr(layer, CHILD)
+        own.adapters.pop(name) if name in own.adapters else None
+    if root.projections or getattr(layers[0], CHILD).adapters:
+        return
+    for handle in root._handles:
+        handle.remove()
+    for module in (backbone, *layers):
+        delattr(module, CHILD)
+    model.set_attn_implementation(root.previous)

@@ -1,0 +1,192 @@
+"""Prompt tuning on a model: trained embeddings before those of the tokens.
+
+(Lester et al. 2021, §2.) The backbone runs over P + T positions and gives back the last T, so that
+logits and labels stay one for each token.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.config import PromptTuning
+from fusedpeft.ops import soft_prompt_embedding
+
+_CHILD = "fusedpeft_prompt"
+
+
+class Prompts(nn.Module):
+    """A child of the backbone: the prompts [P, d] by name, and which one acts."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.prompts = nn.ParameterDict()
+        self.active: str | None = None
+        self._names = tuple(inspect.signature(backbone.forward).parameters)
+        self._cut = 0  # positions in front that this call is to give back without
+        self._handles: list = []
+
+    def before(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._cut = 0
+        if self.active is None:
+            return args, kwargs
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        prompt, ids, embeds = (
+            self.prompts[self.active], given.get("input_ids"), given.get("inputs_embeds")
+        )  # fmt: skip
+        cache = given.get("cache")  # transformers' new name
+        cache = given.get("past_key_values") if cache is None else cache
+        first = cache is None or cache.get_seq_length() == 0
+        length = len(prompt)
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None:
+            if not isinstance(mask, Tensor) or mask.ndim != 2:
+                raise InputError("PromptTuning: expected an attention_mask [B, T], got another")
+            given["attention_mask"] = torch.cat((mask.new_ones(len(mask), length), mask), 1)
+        if positions is not None:
+            positions = positions + length
+            if first:
+                front = torch.arange(length, device=positions.device, dtype=positions.dtype)
+                positions = torch.cat((front.expand(len(positions), -1), positions), 1)
+            given["position_ids"] = positions
+        given.pop("cache_position", None)  # the backbone counts for itself
+        if not first:
+            return (), given
+        _make_room(cache, length)
+        given["input_ids"] = None
+        given["inputs_embeds"] = _embed(backbone.get_input_embeddings(), ids, embeds, prompt)
+        self._cut = length
+        return (), given
+
+    def after(self, backbone: nn.Module, args: tuple, output):
+        if not self._cut:
+            return output
+        if isinstance(output, tuple):
+            return (output[0][:, self._cut :], *output[1:])
+        output.last_hidden_state = output.last_hidden_state[:, self._cut :]
+        return output
+
+
+def _keep_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
+    """What generate() is to pass on beside a static cache: [B, T], which the prompt can go before,
+    and not the four dimensions that it makes of it."""
+    return attention_mask
+
+
+def _make_room(cache, length: int) -> None:
+    """Static caches are sized for the tokens before the prompt is known: `length` more, while they
+    have allocated nothing yet."""
+    for layer in getattr(cache, "layers", ()):
+        if not hasattr(layer, "max_cache_len") or getattr(layer, _CHILD, 0) >= length:
+            continue
+        if layer.is_initialized or getattr(layer, "is_sliding", False):
+            kind = type(layer).__name__
+            raise InputError(
+                f"PromptTuning: expected a new cache that does not slide, or one that grows, got a "
+                f"{kind} without room for the {length} positions of the prompt"
+            )
+        layer.max_cache_len += length - getattr(layer, _CHILD, 0)
+        setattr(layer, _CHILD, length)
+
+
+def _embed(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prompt: Tensor):
+    """[B, T] ids (or [B, T, d] embeddings) -> [B, P + T, d]."""
+    plain = type(embedding) is nn.Embedding and not embedding.padding_idx
+    plain = plain and not embedding._forward_hooks and not embedding._forward_pre_hooks
+    if ids is not None and plain and embedding.max_norm is None:
+        return soft_prompt_embedding(ids, embedding.weight, prompt.to(embedding.weight.dtype))
+    embeds = embedding(ids) if embeds is None else embeds  # Gemma's scales, others' have hooks
+    return torch.cat((prompt.to(embeds.dtype).expand(len(embeds), -1, -1), embeds), 1)
+
+
+# --- the method ---------------------------------------------------------------------------------
+
+
+def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
+    """The prompt's first values [P, d]."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
+    if model.config.is_encoder_decoder or not getattr(model.config, "use_cache", False):
+        raise InputError(f"PromptTuning: expected a decoder-only model, got {kind}")
+    weight = model.base_model.get_input_embeddings().weight.detach()
+    vocabulary, hidden = weight.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    if config.init == "random":
+        values = torch.empty(config.length, hidden, dtype=dtype, device=weight.device)
+        return values.normal_(std=weight.to(dtype).std().item())
+    if config.init == "vocab":
+        ids = torch.randint(vocabulary, (config.length,), device=weight.device)
+    else:
+        ids = _text_ids(config, vocabulary).to(weight.device)
+    return weight[ids].to(dtype)
+
+
+def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
+    tokenizer = config.tokenizer
+    if not callable(tokenizer):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        except (OSError, ValueError) as error:
+            why = str(error).splitlines()[0]
+            raise InputError(
+                f"PromptTuning tokenizer: cannot load {config.tokenizer!r}: {why}"
+            ) from error
+    ids = torch.tensor(tokenizer(config.init_text, add_special_tokens=False)["input_ids"])
+    if not ids.numel():
+        raise InputError(f"PromptTuning init_text: {config.init_text!r} has no token")
+    if ids.max() >= vocabulary:
+        raise InputError(
+            f"PromptTuning tokenizer: expected ids below {vocabulary}, as the model's embeddings, "
+            f"got {int(ids.max())}: the tokenizer is another model's"
+        )
+    return ids.repeat(-(-config.length // len(ids)))[: config.length]
+
+
+def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> None:
+    backbone = model.base_model
+    root = getattr(backbone, _CHILD, None)
+    if root is None:
+        root = Prompts(backbone)
+        root._handles = [
+            backbone.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
+            backbone.register_forward_hook(root.after),
+        ]
+        backbone.add_module(_CHILD, root)
+        model.create_masks_for_generate = _keep_mask
+    root.prompts[name] = nn.Parameter(values)
+
+
+def check_together(wanted: Mapping[str, PromptTuning]) -> None:
+    if len(wanted) > 1:
+        raise InputError(f"one prompt acts at a time: expected one of {list(wanted)}")
+
+
+def activate(model: nn.Module, names: Sequence[str]) -> None:
+    root = getattr(getattr(model, "base_model", model), _CHILD, None)
+    if root is None:
+        return
+    root.active = names[0] if names else None
+    for key, parameter in root.prompts.items():
+        parameter.requires_grad_(key == root.active)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    backbone = model.base_model
+    root = getattr(backbone, _CHILD)
+    del root.prompts[name]
+    if not root.prompts:
+        for handle in root._handles:
+            handle.remove()
+        delattr(backbone, _CHILD)
+        del model.create_masks_for_generate
+
+
+def prompt_of(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter [P, d]."""
+    return getattr(model.base_model, _CHILD).prompts[name]
