@@ -20,7 +20,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-OPS = ("adapter", "lora", "lora_quantised", "linear_logprob", "prefix_attention", "soft_prompt")
+OPS = (
+    "adapter",
+    "lora",
+    "lora_quantised",
+    "linear_logprob",
+    "multi_lora",
+    "prefix_attention",
+    "soft_prompt",
+)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
