@@ -2,10 +2,12 @@
 // every torch. The callers (pyext/ops) own the tensors and check dtypes, devices and shapes; here
 // only what would crash is refused.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "build_info.h"  // written by setup.py
 #include "checks.h"
 #include "cpu/cpu.h"
+#include "pool.h"
 #if FUSEDPEFT_CUDA
 #include "cuda/lora_shrink.h"
 #endif
@@ -65,6 +67,27 @@ py::dict build_info() {
   return info;
 }
 
+void bind_slot_table(py::module_& m) {
+  const auto slots = [](const SlotTable& table) {
+    constexpr const char* states[] = {"free", "loading", "live", "retired"};
+    py::list found;
+    for (const SlotTable::Slot& slot : table.slots())
+      found.append(py::make_tuple(states[slot.state], slot.name, slot.holds));
+    return found;
+  };
+  const py::call_guard<py::gil_scoped_release> unlocked;  // begin_load may wait for a Python thread
+  py::class_<SlotTable>(m, "SlotTable", "Which adapter lies in which slot; see csrc/pool.h.")
+      .def(py::init<int64_t>())
+      .def("begin_load", &SlotTable::begin_load, unlocked, "name -> (slot, name evicted from it)")
+      .def("commit", &SlotTable::commit, unlocked, "(slot, hold) -> slot to wipe and free, or -1")
+      .def("free", &SlotTable::free, unlocked)
+      .def("acquire", &SlotTable::acquire, unlocked, "names -> slots, each held; -1 for no slot")
+      .def("release", &SlotTable::release, unlocked, "slots -> those to wipe and free")
+      .def("evict", &SlotTable::evict, unlocked, "name -> slot to wipe and free, or -1")
+      .def("find", &SlotTable::find, unlocked, "name -> slot, or -1")
+      .def("slots", slots, "[(state, name, holds)]");
+}
+
 }  // namespace
 }  // namespace fusedpeft
 
@@ -75,6 +98,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &cpu::cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("lora_decode", &lora_decode, "y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ on a CPU, for few rows.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
+  bind_slot_table(m);
 #if FUSEDPEFT_CUDA
   m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
 #endif

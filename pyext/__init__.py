@@ -22,13 +22,15 @@ _LAYERS = (
     "trainable_parameters",
     "unmerge",
 )
-__all__ = ["__version__", "ops", *_LAYERS]
+__all__ = ["AdapterPool", "__version__", "ops", *_LAYERS]
 
 
 def __getattr__(name: str):
     # On first use: `import fusedpeft` and `fusedpeft --help` must not pay for torch.
     if name == "ops":
         return importlib.import_module("fusedpeft.ops")
+    if name == "AdapterPool":
+        return importlib.import_module("fusedpeft.serve").AdapterPool
     if name in _LAYERS:
         return getattr(importlib.import_module("fusedpeft.layers"), name)
     raise AttributeError(f"module 'fusedpeft' has no attribute {name!r}")

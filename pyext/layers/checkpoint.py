@@ -128,12 +128,12 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     inner = unwrap(model)
     folder = Path(dir)
     config, raw = read_config(folder)
-    tensors = _read_weights(folder)
+    tensors = read_weights(folder)
     check_new(inner, name)
     if not isinstance(config, LoRA):
         _load_prompt(folder, inner, config, name, tensors)
         return model
-    by_path, extra = _by_path(tensors)
+    by_path, extra = lora_by_path(tensors)
     if selects_modules(raw) and by_path:
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
         config = LoRA(**{**vars(config), "targets": tuple(by_path)})
@@ -170,7 +170,7 @@ def _load_prompt(
             prompt_of(model, name).copy_(tensors[_PROMPT])
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         if (folder / PICKLE_NAME).exists():
@@ -188,7 +188,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _by_path(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def lora_by_path(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """{module path: {parameter: tensor}}, and the keys that are no LoRA tensor."""
     by_path: dict[str, dict[str, Tensor]] = {}
     extra = []

@@ -1,0 +1,85 @@
+"""PEFT's checkpoints as the tensors that `AdapterPool.put` takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from fusedpeft.errors import InputError
+from fusedpeft.layers.checkpoint import WEIGHTS_NAME, lora_by_path, read_weights
+from fusedpeft.layers.config import ALL_LINEAR, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.peft_config import read_config, selects_modules
+from fusedpeft.layers.prefix import Shape, split
+from fusedpeft.serve.places import Places
+
+_VIRTUAL = "prompt_embeddings"  # the one tensor of a prefix or a prompt
+
+
+def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
+    """{key of `put`: tensor} of the adapter in `folder`. Raises InputError: no such file, a pickle
+    (never opened), a damaged file, settings that are not supported, tensors that are missing or
+    not what the settings say. What does not fit the pool, `put` finds.
+    """
+    config, raw = read_config(folder)
+    tensors, path = read_weights(folder), folder / WEIGHTS_NAME
+    if not isinstance(config, LoRA):
+        return _virtual(path, config, tensors, places)
+    if config.dora:
+        raise InputError(
+            f"{folder}: DoRA rescales the whole weight, row by row of a batch it cannot; merge it"
+        )
+    by_path, extra = lora_by_path(tensors)
+    known = [place.path for place in places.of("lora")]
+    missing = set() if selects_modules(raw) else _targets(config, known) - by_path.keys()
+    said = [f"{key} is no tensor of LoRA" for key in extra]
+    said += [f"{module}.lora_A is missing" for module in sorted(missing)]
+    found: dict[str, Tensor | float] = {}
+    for module, own in by_path.items():
+        rank, scale = config.rank_and_scale(module)
+        found |= {f"{module}.{name}": t for name, t in own.items()} | {f"{module}.scale": scale}
+        if "lora_A" in own and own["lora_A"].shape[:1] != (rank,):
+            shape = tuple(own["lora_A"].shape)
+            said.append(f"{module}.lora_A is {shape}, expected rank {rank}")
+    if said:
+        raise InputError(f"{path} is not what its settings say: {'; '.join(said)}")
+    return found
+
+
+def _targets(config: LoRA, paths: Iterable[str]) -> set[str]:
+    """Those of `paths` that the settings name."""
+    if config.targets == ALL_LINEAR:
+        return set(paths)
+    if isinstance(config.targets, str):
+        return {p for p in paths if re.fullmatch(config.targets, p)}
+    return {p for p in paths if any(p == t or p.endswith("." + t) for t in config.targets)}
+
+
+def _virtual(
+    path: Path, config: PrefixTuning | PromptTuning, tensors: dict[str, Tensor], places: Places
+) -> dict[str, Tensor]:
+    """A prefix [P, 2·layers·HKV·D], key and value of each layer in turn, or a prompt [P, d]."""
+    kind = "prefix" if isinstance(config, PrefixTuning) else "prompt"
+    here = places.of(kind)
+    if not here:
+        raise InputError(f"{path} is a {kind}, and the pool was made with max_{kind} 0")
+    if kind == "prefix":
+        heads, _, dim = here[0].fields["prefix_k"].shape
+        shape = Shape(len(here), heads, dim, heads * dim)
+        width = 2 * len(here) * heads * dim
+    else:
+        width = here[0].fields["prompt"].shape[1]
+    got = {key: tuple(t.shape) for key, t in tensors.items()}
+    if got != {_VIRTUAL: (config.length, width)}:
+        raise InputError(
+            f"{path} does not fit: expected {_VIRTUAL} [{config.length}, {width}], got {got}"
+        )
+    if kind == "prompt":
+        return {f"{here[0].path}.prompt": tensors[_VIRTUAL]}
+    return {
+        f"{place.path}.{name}": t
+        for place, pair in zip(here, split(tensors[_VIRTUAL], shape), strict=True)
+        for name, t in zip(("prefix_k", "prefix_v"), pair, strict=True)
+    }

@@ -1,0 +1,157 @@
+"""A Hugging Face model whose linears read an `AdapterPool`, each row of a batch its own adapter.
+
+Linears that read the same x (q, k and v; gate and up) are one product: their weights are moved into
+one matrix, of which each keeps its rows as a view. The first of them to be called computes for all,
+the others take their part of it, as long as they are called with the very same x.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fusedpeft.errors import InputError
+from fusedpeft.ops.multi_lora import multi_lora_linear
+from fusedpeft.ops.slots import LoRASlots
+
+if TYPE_CHECKING:
+    from fusedpeft.serve.pool import AdapterPool
+
+
+class _Batch:
+    """What one thread computes now: the slot of each row, and a stacked product in the making."""
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots
+        self.by_rows = {slots.shape[0]: slots}  # rows of x -> the slot of each
+        self.group: _Group | None = None
+        self.x: Tensor | None = None
+        self.version = 0  # of x: a model may write to it between two of the linears
+        self.parts: list[Tensor | None] = []
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [rows, …, K]: the slot of a row of the batch goes for all of its tokens."""
+        rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
+        count = self.slots.shape[0]
+        if rows != count and x.shape[0] != count:
+            raise ValueError(
+                f"batch: expected {count} rows, one for each name, got x {tuple(x.shape)}"
+            )
+        found = self.by_rows.get(rows)
+        if found is None:
+            found = self.slots.repeat_interleave(rows // count)
+            self.by_rows[rows] = found
+        return found
+
+
+class _Group:
+    """Linears that one call computes."""
+
+    def __init__(self, modules: list[nn.Module], slots: LoRASlots) -> None:
+        self.modules, self.slots = modules, slots
+        weights = [_weight(m) for m in modules]
+        self.w = weights[0] if len(modules) == 1 else torch.cat(weights)
+        self.w = self.w.contiguous()
+        biases = [m.bias for m in modules]
+        self.bias = None
+        if biases[0] is not None:
+            self.bias = biases[0].detach() if len(modules) == 1 else torch.cat(biases).detach()
+        self._point()
+
+    def _point(self) -> None:
+        """The modules' weights are rows of self.w: they are there once."""
+        for module, w in zip(self.modules, self.w.split(self.slots.sizes), strict=True):
+            module.weight.data = w.t() if isinstance(module, Conv1D) else w
+
+    def restore(self) -> None:
+        """Weights in memory of their own again: what saves or moves a model expects that."""
+        for module in self.modules:
+            if len(self.modules) > 1 or isinstance(module, Conv1D):
+                module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+            del module.forward
+
+    def compute(self, x: Tensor, batch: _Batch) -> Tensor:
+        return multi_lora_linear(x, self.w, self.slots, batch.of(x), self.bias)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """[N, K]"""
+    weight = module.weight.detach()
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+class Serving:
+    """The installed model of a pool, and the batch of each thread."""
+
+    def __init__(self, pool: AdapterPool) -> None:
+        self.pool, self.groups = pool, []
+        self.local = threading.local()
+
+    @torch.no_grad()
+    def install(self, model: nn.Module) -> None:
+        if self.groups:
+            raise InputError("install: the pool serves a model already; uninstall it first")
+        found = []
+        for paths in self.pool.stacked():
+            modules = [model.get_submodule(p) for p in paths]
+            for path, module in zip(paths, modules, strict=True):
+                if "forward" in module.__dict__:
+                    raise InputError(f"install: {path} has a forward of its own already")
+            found.append((modules, self.pool.at(*paths)))
+        for modules, slots in found:
+            group = _Group(modules, slots)
+            self.groups.append(group)
+            for i, module in enumerate(modules):
+                single = len(modules) == 1
+                module.forward = self._alone(group) if single else self._part(group, i)
+
+    def uninstall(self) -> None:
+        for group in self.groups:
+            group.restore()
+        self.groups = []
+
+    @contextmanager
+    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+        before = getattr(self.local, "batch", None)
+        with self.pool.hold(names) as slots, torch.no_grad():
+            self.local.batch = _Batch(slots)
+            try:
+                yield
+            finally:
+                self.local.batch = before
+
+    def _alone(self, group: _Group) -> Callable[[Tensor], Tensor]:
+        local, module = self.local, group.modules[0]
+        base = type(module).forward
+
+        def forward(x: Tensor) -> Tensor:
+            batch = getattr(local, "batch", None)
+            return base(module, x) if batch is None else group.compute(x, batch)
+
+        return forward
+
+    def _part(self, group: _Group, i: int) -> Callable[[Tensor], Tensor]:
+        local, module, sizes = self.local, group.modules[i], group.slots.sizes
+        base = type(module).forward
+
+        def forward(x: Tensor) -> Tensor:
+            batch = getattr(local, "batch", None)
+            if batch is None:
+                return base(module, x)
+            version = 0 if x.is_inference() else x._version
+            same = batch.group is group and batch.x is x and batch.version == version
+            if not same or batch.parts[i] is None:
+                batch.group, batch.x, batch.version = group, x, version
+                batch.parts = list(group.compute(x, batch).split(sizes, -1))
+            part, batch.parts[i] = batch.parts[i], None
+            if all(p is None for p in batch.parts):
+                batch.group = batch.x = None
+            return part
+
+        return forward
