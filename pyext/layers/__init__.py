@@ -3,12 +3,13 @@
 from fusedpeft.layers.accelerate import AccelerateReport, accelerate
 from fusedpeft.layers.attach import activate, attach, detach, trainable_parameters
 from fusedpeft.layers.checkpoint import load_adapter, save_adapter
-from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.merge import merge, unmerge
 
 __all__ = [
     "AccelerateReport",
+    "BottleneckAdapter",
     "LoRA",
     "LoraLinear",
     "PrefixTuning",

@@ -8,19 +8,24 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import lora_method, prefix, prompt
-from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers import bottleneck, lora_method, prefix, prompt
+from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.targets import nearest
 
 _STATE = "_fusedpeft"
-Config = LoRA | PrefixTuning | PromptTuning
+Config = LoRA | BottleneckAdapter | PrefixTuning | PromptTuning
 # A method is a module with
 #   plan(model, config, strict)           all that can go wrong: raises InputError, changes nothing
 #   add(model, config, name, the plan)    its parameters, in place
 #   check_together({name: config})        raises InputError for what cannot be active at once
 #   activate(model, names)                the ones of its own that act and train
 #   remove(model, name)
-METHODS = {LoRA: lora_method, PrefixTuning: prefix, PromptTuning: prompt}
+METHODS = {
+    LoRA: lora_method,
+    BottleneckAdapter: bottleneck,
+    PrefixTuning: prefix,
+    PromptTuning: prompt,
+}
 
 
 @dataclass
@@ -110,9 +115,10 @@ def attach_to(model: nn.Module, config: Config, name: str, strict: bool) -> None
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
     """Choose the adapters that act and train: one, several, None for none.
 
-    LoRA's updates add up; a prefix, a prompt and LoRA act together. DoRA rescales the whole weight,
-    so a DoRA adapter is the only LoRA; one prefix and one prompt act at a time. Raises InputError
-    for an unknown name, for what cannot be together, and while merged.
+    LoRA's updates add up, bottleneck adapters follow one another, and the methods act together.
+    DoRA rescales the whole weight, so a DoRA adapter is the only LoRA; one prefix and one prompt
+    act at a time. Raises InputError for an unknown name, for what cannot be together, and while
+    merged.
     """
     model = unwrap(model)
     wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))

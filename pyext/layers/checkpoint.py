@@ -1,4 +1,4 @@
-"""PEFT's checkpoints: adapter_config.json and adapter_model.safetensors, written whole or not."""
+"""Checkpoints of PEFT and, for bottleneck adapters, of AdapterHub: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers import adapterhub
 from fusedpeft.layers.attach import METHODS, attach_to, check_new, state_of, unwrap
-from fusedpeft.layers.config import ALL_LINEAR, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.config import (
+    ALL_LINEAR,
+    BottleneckAdapter,
+    LoRA,
+    PrefixTuning,
+    PromptTuning,
+)
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.lora_method import lora_modules
 from fusedpeft.layers.peft_config import (
@@ -65,7 +72,8 @@ def _umask() -> int:
 
 def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Path:
     """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(base, dir)` or
-    `load_adapter`. Returns the folder, made if need be.
+    `load_adapter`; a bottleneck adapter in AdapterHub's (layers/adapterhub.py), which PEFT does not
+    have. Returns the folder, made if need be.
 
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
     `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
@@ -77,19 +85,28 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     model = unwrap(model)
     config = state_of(model, name).configs[name]
     folder = Path(dir)
+    if isinstance(config, BottleneckAdapter):
+        adapterhub.to_hub(config, model, name)  # what cannot be written is said before any is
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"save_adapter: expected a folder, {error.filename} is a file") from error
 
-    tensors, settings = (_lora if isinstance(config, LoRA) else _prompt)(model, config, name)
+    weights_name = WEIGHTS_NAME
+    if isinstance(config, LoRA):
+        tensors, settings = _lora(model, config, name)
+    elif isinstance(config, BottleneckAdapter):
+        settings, weights_name = adapterhub.to_hub(config, model, name), adapterhub.WEIGHTS_NAME
+        tensors = adapterhub.hub_tensors(model, config, name)
+    else:
+        tensors, settings = _prompt(model, config, name)
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
     config_path = folder / CONFIG_NAME
     # The settings come last and mark the adapter complete: an old file that disagrees goes first.
     if config_path.is_file() and config_path.read_bytes() != text:
         config_path.unlink()
-    _replace_file(folder / WEIGHTS_NAME, save(tensors, metadata={"format": "pt"}))
+    _replace_file(folder / weights_name, save(tensors, metadata={"format": "pt"}))
     _replace_file(config_path, text)
     return folder
 
@@ -117,8 +134,9 @@ def _prompt(
 
 
 def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn.Module:
-    """Attach the adapter (LoRA, prefix or prompt) that PEFT or `save_adapter` wrote to `dir`,
-    active and trainable, under `name` (free so far); returns the model.
+    """Attach the adapter (LoRA, prefix or prompt) that PEFT, or the bottleneck adapter that
+    AdapterHub, or either that `save_adapter` wrote to `dir`, active and trainable, under `name`
+    (free so far); returns the model.
 
     Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. Raises InputError, before the model is
     changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
@@ -128,8 +146,11 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     inner = unwrap(model)
     folder = Path(dir)
     config, raw = read_config(folder)
-    tensors = read_weights(folder)
     check_new(inner, name)
+    if isinstance(config, BottleneckAdapter):
+        _load_bottleneck(folder, inner, config, name, raw)
+        return model
+    tensors = read_weights(folder)
     if not isinstance(config, LoRA):
         _load_prompt(folder, inner, config, name, tensors)
         return model
@@ -170,13 +191,27 @@ def _load_prompt(
             prompt_of(model, name).copy_(tensors[_PROMPT])
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_NAME
+def _load_bottleneck(
+    folder: Path, model: nn.Module, config: BottleneckAdapter, name: str, raw: dict
+) -> None:
+    tensors = read_weights(folder, adapterhub.WEIGHTS_NAME, adapterhub.PICKLE_NAME)
+    stored = str(raw.get("name"))
+    path = folder / adapterhub.WEIGHTS_NAME
+    adapterhub.check_hub_tensors(path, model, config, stored, tensors)
+    attach_to(model, config, name, strict=False)
+    adapterhub.set_hub_tensors(model, config, name, stored, tensors)
+
+
+def read_weights(
+    folder: Path, name: str = WEIGHTS_NAME, pickle: str = PICKLE_NAME
+) -> dict[str, Tensor]:
+    path = folder / name
     if not path.is_file():
-        if (folder / PICKLE_NAME).exists():
+        if (folder / pickle).exists():
+            how = "PEFT's save_pretrained" if name == WEIGHTS_NAME else "use_safetensors=True"
             raise InputError(
-                f"{folder / PICKLE_NAME} is a pickle, which can run code and is never opened here: "
-                f"convert it to {WEIGHTS_NAME} (PEFT's save_pretrained, where you trust it)"
+                f"{folder / pickle} is a pickle, which can run code and is never opened here: "
+                f"convert it to {name} ({how}, where you trust it)"
             )
         raise InputError(f"expected {path}, there is no such file")
     try:

@@ -108,6 +108,45 @@ def _check_targets(targets: object) -> str | tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class BottleneckAdapter:
+    """A(x) = scale · (act(norm(x) Dᵀ + c) Uᵀ + e), D [size, d], beside attention and FFN.
+
+    placement: "houlsby" (after both), "pfeiffer" (after the FFN and its residual) or "parallel" (to
+    the FFN), as AdapterHub defines them: layers/bottleneck.py has the equations. activation: relu,
+    gelu, gelu_tanh, silu, tanh, leaky_relu. norm: None, "layer_norm" or "rms_norm", the adapter's
+    own. dropout: of its output, in training only. Raises InputError for a value out of range.
+    """
+
+    size: int = 64
+    placement: str = "houlsby"
+    activation: str = "relu"
+    scale: float = 1.0
+    norm: str | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_count("BottleneckAdapter size", self.size)
+        for name, allowed in (
+            ("placement", ("houlsby", "pfeiffer", "parallel")),
+            ("activation", ("relu", "gelu", "gelu_tanh", "silu", "tanh", "leaky_relu")),
+            ("norm", (None, "layer_norm", "rms_norm")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"BottleneckAdapter {name}: expected one of "
+                    f"{', '.join(map(str, allowed))}, got {getattr(self, name)!r}"
+                )
+        if not _is_number(self.scale) or self.scale == 0:
+            raise InputError(
+                f"BottleneckAdapter scale: expected a number other than 0, got {self.scale!r}"
+            )
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise InputError(
+                f"BottleneckAdapter dropout: expected 0 <= p < 1, got {self.dropout!r}"
+            )
+
+
+@dataclass(frozen=True)
 class PrefixTuning:
     """Keys and values that every query of every layer sees, `length` of them (Li and Liang 2021).
 

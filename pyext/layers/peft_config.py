@@ -1,4 +1,4 @@
-"""adapter_config.json, PEFT's settings file, to and from the configs here."""
+"""adapter_config.json, PEFT's settings file, to and from the configs here; AdapterHub's, read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.config import LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.adapterhub import from_hub
+from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.prefix import Shape, shape_of
 
 CONFIG_NAME = "adapter_config.json"
@@ -88,8 +89,11 @@ def expected_prompt(config: PrefixTuning | PromptTuning, shape: Shape) -> tuple[
     return config.length, 2 * shape.layers * shape.heads * shape.dim
 
 
-def read_config(folder: Path) -> tuple[LoRA | PrefixTuning | PromptTuning, dict[str, Any]]:
-    """(LoRA, the raw settings). Raises InputError: missing, no JSON, not LoRA, a variant."""
+def read_config(
+    folder: Path,
+) -> tuple[LoRA | BottleneckAdapter | PrefixTuning | PromptTuning, dict[str, Any]]:
+    """(the config, the raw settings), PEFT's or AdapterHub's. Raises InputError: missing, no JSON,
+    another method, a variant of one."""
     if not folder.is_dir():
         raise InputError(f"expected a folder with an adapter at {folder}, there is none")
     path = folder / CONFIG_NAME
@@ -101,6 +105,8 @@ def read_config(folder: Path) -> tuple[LoRA | PrefixTuning | PromptTuning, dict[
         raise InputError(f"{path}: expected JSON ({error})") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    if "peft_type" not in raw and isinstance(raw.get("config"), dict):
+        return from_hub(path, raw), raw
     try:
         virtual = {"PREFIX_TUNING": PrefixTuning, "PROMPT_TUNING": PromptTuning}
         if raw.get("peft_type") in virtual:
