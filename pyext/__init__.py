@@ -10,7 +10,10 @@ __version__ = "0.1.0"
 
 _LAYERS = (
     "BottleneckAdapter",
+    "FeatureBased",
+    "FullFineTuning",
     "LoRA",
+    "OutputLayer",
     "PrefixTuning",
     "PromptTuning",
     "accelerate",

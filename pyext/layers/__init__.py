@@ -3,15 +3,26 @@
 from fusedpeft.layers.accelerate import AccelerateReport, accelerate
 from fusedpeft.layers.attach import activate, attach, detach, trainable_parameters
 from fusedpeft.layers.checkpoint import load_adapter, save_adapter
-from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.config import (
+    BottleneckAdapter,
+    FeatureBased,
+    FullFineTuning,
+    LoRA,
+    OutputLayer,
+    PrefixTuning,
+    PromptTuning,
+)
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.merge import merge, unmerge
 
 __all__ = [
     "AccelerateReport",
     "BottleneckAdapter",
+    "FeatureBased",
+    "FullFineTuning",
     "LoRA",
     "LoraLinear",
+    "OutputLayer",
     "PrefixTuning",
     "PromptTuning",
     "accelerate",

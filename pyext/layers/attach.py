@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import bottleneck, lora_method, prefix, prompt
-from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers import bottleneck, full, heads, lora_method, prefix, prompt
+from fusedpeft.layers.config import (
+    BottleneckAdapter,
+    FeatureBased,
+    FullFineTuning,
+    LoRA,
+    OutputLayer,
+    PrefixTuning,
+    PromptTuning,
+)
 from fusedpeft.layers.targets import nearest
 
 _STATE = "_fusedpeft"
-Config = LoRA | BottleneckAdapter | PrefixTuning | PromptTuning
+Config = (
+    LoRA
+    | BottleneckAdapter
+    | PrefixTuning
+    | PromptTuning
+    | FeatureBased
+    | OutputLayer
+    | FullFineTuning
+)
 # A method is a module with
 #   plan(model, config, strict)           all that can go wrong: raises InputError, changes nothing
 #   add(model, config, name, the plan)    its parameters, in place
@@ -25,6 +42,9 @@ METHODS = {
     BottleneckAdapter: bottleneck,
     PrefixTuning: prefix,
     PromptTuning: prompt,
+    FeatureBased: heads,
+    OutputLayer: heads,
+    FullFineTuning: full,
 }
 
 
@@ -37,9 +57,12 @@ class State:
     merged: tuple[str, ...] = ()
     was_trainable: list[nn.Parameter] = field(default_factory=list)
 
-    def of(self, kind: type, names: Sequence[str]) -> dict[str, Config]:
-        """Those of `names` that are of one method."""
-        return {n: self.configs[n] for n in names if isinstance(self.configs[n], kind)}
+    def by_method(self, names: Sequence[str]) -> dict[ModuleType, dict[str, Config]]:
+        """Every method and those of `names` that are its own."""
+        own: dict[ModuleType, dict[str, Config]] = {method: {} for method in METHODS.values()}
+        for name in names:
+            own[METHODS[type(self.configs[name])]][name] = self.configs[name]
+        return own
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -126,10 +149,10 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
     for name in wanted:
         state_of(model, name)
     require_unmerged(state, "activate")
-    for kind, method in METHODS.items():
-        method.check_together(state.of(kind, wanted))
-    for kind, method in METHODS.items():
-        method.activate(model, tuple(state.of(kind, wanted)))
+    for method, own in state.by_method(wanted).items():
+        method.check_together(own)
+    for method, own in state.by_method(wanted).items():
+        method.activate(model, tuple(own))
     state.active = wanted
 
 

@@ -18,15 +18,20 @@ from fusedpeft.layers.attach import METHODS, attach_to, check_new, state_of, unw
 from fusedpeft.layers.config import (
     ALL_LINEAR,
     BottleneckAdapter,
+    FeatureBased,
+    FullFineTuning,
     LoRA,
+    OutputLayer,
     PrefixTuning,
     PromptTuning,
 )
+from fusedpeft.layers.heads import head_tensors, new_head, set_head_tensors
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.lora_method import lora_modules
 from fusedpeft.layers.peft_config import (
     CONFIG_NAME,
     expected_prompt,
+    head_settings,
     prompt_to_peft,
     read_config,
     selects_modules,
@@ -87,6 +92,8 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     folder = Path(dir)
     if isinstance(config, BottleneckAdapter):
         adapterhub.to_hub(config, model, name)  # what cannot be written is said before any is
+    if isinstance(config, FullFineTuning):
+        raise InputError(f"save_adapter: {name!r} is the whole model: model.save_pretrained(dir)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -98,6 +105,8 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     elif isinstance(config, BottleneckAdapter):
         settings, weights_name = adapterhub.to_hub(config, model, name), adapterhub.WEIGHTS_NAME
         tensors = adapterhub.hub_tensors(model, config, name)
+    elif isinstance(config, FeatureBased | OutputLayer):
+        tensors, settings = head_tensors(model, name), head_settings(config, model)
     else:
         tensors, settings = _prompt(model, config, name)
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
@@ -151,6 +160,9 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
         _load_bottleneck(folder, inner, config, name, raw)
         return model
     tensors = read_weights(folder)
+    if isinstance(config, FeatureBased | OutputLayer):
+        _load_head(folder, inner, config, name, tensors)
+        return model
     if not isinstance(config, LoRA):
         _load_prompt(folder, inner, config, name, tensors)
         return model
@@ -189,6 +201,24 @@ def _load_prompt(
     else:
         with torch.no_grad():
             prompt_of(model, name).copy_(tensors[_PROMPT])
+
+
+def _load_head(
+    folder: Path,
+    model: nn.Module,
+    config: FeatureBased | OutputLayer,
+    name: str,
+    tensors: dict[str, Tensor],
+) -> None:
+    want = {f"head.{k}": tuple(t.shape) for k, t in new_head(model, config).state_dict().items()}
+    got = {key: tuple(t.shape) for key, t in tensors.items()}
+    if got != want:
+        raise InputError(
+            f"{folder / WEIGHTS_NAME} does not fit the head of this {type(model).__name__}: "
+            f"expected {want}, got {got}"
+        )
+    attach_to(model, config, name, strict=False)
+    set_head_tensors(model, name, tensors)
 
 
 def _load_bottleneck(

@@ -197,6 +197,29 @@ class PromptTuning:
             )
 
 
+@dataclass(frozen=True)
+class FeatureBased:
+    """A new classifier over what the frozen model puts out; the rest of its head trains with it.
+
+    num_labels: ≥ 1. For classification models. Raises InputError for a value out of range.
+    """
+
+    num_labels: int
+
+    def __post_init__(self) -> None:
+        _check_count("FeatureBased num_labels", self.num_labels)
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The model's own head (classifier or output embeddings) trains, nothing below it does."""
+
+
+@dataclass(frozen=True)
+class FullFineTuning:
+    """Every parameter trains: what the other methods are measured against."""
+
+
 def _check_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name}: expected a whole number >= 1, got {value!r}")

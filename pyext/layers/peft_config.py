@@ -11,7 +11,13 @@ from torch import nn
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.adapterhub import from_hub
-from fusedpeft.layers.config import BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.config import (
+    FeatureBased,
+    LoRA,
+    OutputLayer,
+    PrefixTuning,
+    PromptTuning,
+)
 from fusedpeft.layers.prefix import Shape, shape_of
 
 CONFIG_NAME = "adapter_config.json"
@@ -63,6 +69,11 @@ def _about(model: nn.Module) -> dict:
     }
 
 
+def head_settings(config: FeatureBased | OutputLayer, model: nn.Module) -> dict:
+    """Ours: neither neighbour has a head alone."""
+    return {"method": type(config).__name__, **_about(model), **vars(config)}
+
+
 def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dict:
     """The same for virtual tokens. A prefix counts key heads, as PEFT does for grouped queries."""
     shape = shape_of(model.base_model)
@@ -89,9 +100,7 @@ def expected_prompt(config: PrefixTuning | PromptTuning, shape: Shape) -> tuple[
     return config.length, 2 * shape.layers * shape.heads * shape.dim
 
 
-def read_config(
-    folder: Path,
-) -> tuple[LoRA | BottleneckAdapter | PrefixTuning | PromptTuning, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
     """(the config, the raw settings), PEFT's or AdapterHub's. Raises InputError: missing, no JSON,
     another method, a variant of one."""
     if not folder.is_dir():
@@ -107,6 +116,13 @@ def read_config(
         raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     if "peft_type" not in raw and isinstance(raw.get("config"), dict):
         return from_hub(path, raw), raw
+    heads = {"FeatureBased": FeatureBased, "OutputLayer": OutputLayer}
+    if raw.get("method") in heads:
+        try:
+            own = {k: raw[k] for k in ("num_labels",) if k in raw}
+            return heads[raw["method"]](**own), raw
+        except (InputError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from error
     try:
         virtual = {"PREFIX_TUNING": PrefixTuning, "PROMPT_TUNING": PromptTuning}
         if raw.get("peft_type") in virtual:
