@@ -24,6 +24,11 @@ def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
     not what the settings say. What does not fit the pool, `put` finds.
     """
     config, raw = read_config(folder)
+    if not isinstance(config, LoRA | PrefixTuning | PromptTuning):
+        raise InputError(
+            f"{folder}: expected LoRA, a prefix or a prompt, got {type(config).__name__}: a "
+            "bottleneck adapter goes in by put(), as its activation is the caller's"
+        )
     tensors, path = read_weights(folder), folder / WEIGHTS_NAME
     if not isinstance(config, LoRA):
         return _virtual(path, config, tensors, places)

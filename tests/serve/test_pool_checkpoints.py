@@ -201,3 +201,12 @@ def test_dtypes(llama, ids, peft_adapter, base_dtype, dtype):
     theirs.to(base_dtype)
     low = (theirs(ids).logits.to(wide) - exact).norm()
     assert (got.to(wide) - exact).norm() <= 2 * low
+
+
+def test_a_bottleneck_adapter_goes_in_by_put(llama, tmp_path):
+    fp.attach(llama, fp.BottleneckAdapter(size=2))
+    fp.save_adapter(llama, tmp_path)
+    fp.detach(llama)
+    pool = fp.AdapterPool.for_model(llama, slots=2, max_rank=4, max_bottleneck=4)
+    with pytest.raises(InputError, match=r"expected LoRA, a prefix or a prompt, got BottleneckAd"):
+        pool.load("a", tmp_path)
