@@ -102,7 +102,7 @@ def test_names(llama):
     fp.attach(llama, fp.LoRA(dora=True), "dora")
     with pytest.raises(InputError, match="DoRA adapter 'dora' .* activate it alone"):
         fp.activate(llama, ["helpful", "dora"])
-    with pytest.raises(InputError, match=r"expected a config \(LoRA, .*PromptTuning\), got dict"):
+    with pytest.raises(InputError, match=r"expected a config \(LoRA, .*FullFineTuning\), got dict"):
         fp.attach(llama, {"rank": 8}, "third")
     with pytest.raises(InputError, match="expected a model .*, got str"):
         fp.attach("gpt2", fp.LoRA())
