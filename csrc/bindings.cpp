@@ -43,6 +43,46 @@ void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int
   cpu::dropout(pointer(x), pointer(out), rows, cols, sx, so, p, seed, dtype);
 }
 
+void adapter_decode(Address x, Address residual, Address y, Address slots, Address size,
+                    Address scale, Address down, Address down_bias, Address up, Address up_bias,
+                    Address norm_weight, Address norm_bias, int64_t count, int64_t m, int64_t d,
+                    int64_t sx, int64_t sr, int64_t down_slot, int64_t down_bias_slot, int64_t up_slot, int64_t up_bias_slot,
+                    int64_t norm_weight_slot, int64_t norm_bias_slot, double eps, int norm, int activation, int dtype,
+                    int adapter_dtype) {
+  check_matrix("x", x, m, d, sx);
+  check_matrix("y", y, m, d, d);
+  check(count == 0 || (size && scale && down && up), "pool: expected addresses, got null");
+  py::gil_scoped_release release;
+  cpu::adapter_decode({pointer(x), pointer(residual), pointer(y),
+                       static_cast<const int32_t*>(pointer(slots)),
+                       static_cast<const int32_t*>(pointer(size)),
+                       static_cast<const float*>(pointer(scale)), pointer(down),
+                       pointer(down_bias), pointer(up), pointer(up_bias), pointer(norm_weight),
+                       pointer(norm_bias), count, m, d, sx, sr, d, d, 0, down_slot,
+                       down_bias_slot, up_slot, up_bias_slot, norm_weight_slot, norm_bias_slot,
+                       static_cast<float>(eps), norm, activation, dtype, adapter_dtype});
+}
+
+void adapter_decode_one(Address x, Address residual, Address y, Address down, Address down_bias,
+                        Address up, Address up_bias, Address norm_weight, Address norm_bias,
+                        int64_t m, int64_t d, int64_t e, int64_t sx, int64_t sr, int64_t sd,
+                        int64_t su, double scale, double eps, int norm, int activation, int dtype,
+                        int adapter_dtype) {
+  check_matrix("x", x, m, d, sx);
+  check_matrix("y", y, m, d, d);
+  check_matrix("down", down, e, d, sd);
+  check_matrix("up", up, d, e, su);
+  check(e < int64_t{1} << 31, "e: expected < 2^31, got ", e);
+  const auto size = static_cast<int32_t>(e);
+  const auto factor = static_cast<float>(scale);
+  py::gil_scoped_release release;
+  cpu::adapter_decode({pointer(x), pointer(residual), pointer(y), nullptr, &size, &factor,
+                       pointer(down), pointer(down_bias), pointer(up), pointer(up_bias),
+                       pointer(norm_weight), pointer(norm_bias), 1, m, d, sx, sr, d, sd, su, 0, 0,
+                       0, 0, 0, 0, static_cast<float>(eps), norm, activation, dtype,
+                       adapter_dtype});
+}
+
 #if FUSEDPEFT_CUDA
 void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int64_t r, int64_t sx,
                       int64_t sa, int64_t ss, int dtype, int adapter_dtype, Address stream) {
@@ -97,6 +137,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What setup.py built: cuda, cuda_archs, nvcc, compiler.");
   m.def("cpu_capability", &cpu::cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("lora_decode", &lora_decode, "y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ on a CPU, for few rows.");
+  m.def("adapter_decode", &adapter_decode,
+        "y = residual + scale · (act(norm(x) Dᵀ + c) Uᵀ + e) on a CPU, for few rows.");
+  m.def("adapter_decode_one", &adapter_decode_one, "As adapter_decode, one adapter for all rows.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
 #if FUSEDPEFT_CUDA

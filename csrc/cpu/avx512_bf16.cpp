@@ -24,6 +24,7 @@ inline F half(const Float16* p) {
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "adapter_decode.h"
 #include "decode.h"
 
 namespace fusedpeft::cpu {
@@ -51,6 +52,8 @@ struct Pairs {
 }  // namespace fusedpeft::cpu
 
 namespace fusedpeft::cpu::avx512_bf16 {
+
+void adapters(const Adapters& a) { AdapterCall<BFloat16, BFloat16, Pairs>(a).run(); }
 
 void decode(const Decode& d) {
   if (d.adapter_dtype == kBFloat16) return decode_as<BFloat16, BFloat16, Pairs, Pairs>(d);

@@ -19,6 +19,29 @@ void lora_decode(const void* x, const void* w, const void* a, const void* b, con
                  void* y, int64_t m, int64_t k, int64_t n, int64_t r, int64_t sx, int64_t sw,
                  int64_t sa, int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype);
 
+enum Norm : int { kNoNorm = 0, kLayerNorm = 1, kRmsNorm = 2 };  // codes as in multi_adapter.py
+enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kLeakyRelu };
+
+// y[m,d] = residual + scale[s] * (act(norm(x) D^T + c) U^T + e) with s = slots[m]; residual where
+// that is -1, or size[s] 0. The adapters of one place: see AdapterSlots in pyext/ops/slots.py.
+struct Adapters {
+  const void *x, *residual;  // of dtype, as y; residual null: 0
+  void* y;
+  const int32_t *slots, *size;  // slots null: all are 0
+  const float* scale;
+  // Of adapter_dtype, which is dtype or fp32; null where there are none, but for down and up.
+  const void *down, *down_bias, *up, *up_bias, *norm_weight, *norm_bias;
+  int64_t count, m, d;         // of slots, of tokens
+  int64_t sx, sr, sy, sd, su;  // between rows of x, residual, y, D, U; su 0: of size rounded up to 8
+  int64_t down_slot, down_bias_slot, up_slot, up_bias_slot;  // between slots
+  int64_t norm_weight_slot, norm_bias_slot;
+  float eps;
+  int norm, activation, dtype, adapter_dtype;
+};
+
+// Throws std::invalid_argument for other codes, sizes or slots, before anything is written.
+void adapter_decode(Adapters a);
+
 // out[rows,cols] = x * keep(row, col) / (1 - p); the mask is specified in pyext/ops/dropout.py.
 void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype);

@@ -13,6 +13,7 @@ namespace {
 struct Level {
   const char* name;
   bool here;
+  void (*adapters)(const Adapters&);
   void (*decode)(const Decode&);
   void (*dropout)(const Dropout&);
 };
@@ -20,6 +21,10 @@ struct Level {
 #if defined(__x86_64__)
 void in_bf16(const Decode& d) {
   return d.dtype == kBFloat16 ? avx512_bf16::decode(d) : avx512::decode(d);
+}
+void adapters_in_bf16(const Adapters& a) {
+  const bool pairs = a.adapter_dtype == kBFloat16 && a.norm == kNoNorm;
+  return pairs ? avx512_bf16::adapters(a) : avx512::adapters(a);
 }
 #endif
 
@@ -33,12 +38,14 @@ const Level* levels(int* count) {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  static const Level all[] = {{"avx512_bf16", bf16, in_bf16, avx512::dropout},
-                              {"avx512", avx512, avx512::decode, avx512::dropout},
-                              {"avx2", avx2, avx2::decode, avx2::dropout},
-                              {"portable", true, portable::decode, portable::dropout}};
+  static const Level all[] = {
+      {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout},
+      {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout},
+      {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout},
+      {"portable", true, portable::adapters, portable::decode, portable::dropout}};
 #else
-  static const Level all[] = {{"portable", true, portable::decode, portable::dropout}};
+  static const Level all[] = {
+      {"portable", true, portable::adapters, portable::decode, portable::dropout}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -101,6 +108,35 @@ void lora_decode(const void* x, const void* w, const void* a, const void* b, con
     level().decode({static_cast<const char*>(x) + i * sx * bytes, w, a, b, bias,
                     static_cast<char*>(y) + i * sy * bytes, m - i < most ? m - i : most, k, n, r, sx,
                     sw, sa, sb, sy, static_cast<float>(scale), dtype, adapter_dtype});
+  }
+}
+
+void adapter_decode(Adapters a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", a.adapter_dtype);
+  check(a.norm >= kNoNorm && a.norm <= kRmsNorm, "norm: expected 0, 1 or 2", a.norm);
+  check(a.activation >= kRelu && a.activation <= kLeakyRelu, "activation: expected 0..5",
+        a.activation);
+  check(a.m >= 0, "m: expected >= 0", a.m);
+  check(a.d >= 0, "d: expected >= 0", a.d);
+  for (int64_t i = 0; i < a.m && a.slots; ++i)
+    if (a.slots[i] < -1 || a.slots[i] >= a.count)
+      throw std::invalid_argument("slots: expected -1 (no adapter) or 0.." +
+                                  std::to_string(a.count - 1) + ", got " +
+                                  std::to_string(a.slots[i]));
+  for (int64_t i = 0; i < a.m && a.slots; ++i)
+    if (a.slots[i] >= 0 && a.size[a.slots[i]] < 0)
+      throw std::invalid_argument("slots: slot " + std::to_string(a.slots[i]) +
+                                  " holds no adapter; load one into it first");
+  const int64_t bytes = a.dtype == kFloat32 ? 4 : 2;
+  for (int64_t left = a.d > 0 ? a.m : 0; left > 0; left -= kMaxTokens) {
+    a.m = left < kMaxTokens ? left : kMaxTokens;
+    level().adapters(a);
+    a.x = static_cast<const char*>(a.x) + a.m * a.sx * bytes;
+    if (a.residual) a.residual = static_cast<const char*>(a.residual) + a.m * a.sr * bytes;
+    a.y = static_cast<char*>(a.y) + a.m * a.sy * bytes;
+    if (a.slots) a.slots += a.m;
   }
 }
 

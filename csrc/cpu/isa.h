@@ -23,20 +23,27 @@ struct Dropout {
   int dtype;
 };
 
+constexpr int64_t kMaxTokens = 64;  // of one call of `adapters`
+constexpr int64_t kRankStep = 8;    // pyext/ops/slots.py
+
 namespace portable {
+void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
 }  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
+void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
 }  // namespace avx2
 namespace avx512 {
+void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
 }  // namespace avx512
 namespace avx512_bf16 {
+void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's
 void decode(const Decode& d);  // in bf16; the rest is avx512's
 }  // namespace avx512_bf16
 #endif

@@ -28,11 +28,13 @@ inline F half(const Float16* p) {
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "adapter_decode.h"
 #include "decode.h"
 #include "dropout.h"
 
 namespace fusedpeft::cpu::portable {
 
+void adapters(const Adapters& a) { adapters_any(a); }
 void decode(const Decode& d) { decode_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 

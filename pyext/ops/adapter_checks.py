@@ -116,8 +116,10 @@ def check_multi(x, pool, slots, residual, norm_w, norm_b, activation, norm, posi
             raise TypeError(f"{name}: expected dtype {dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
-        if name.startswith("pool.") and not t[:1].is_contiguous():
+        if name.startswith("pool.") and not (t[:1] if t.ndim > 1 else t).is_contiguous():
             raise ValueError(f"{name}: expected a slot's numbers in one piece, got {t.stride()}")
+    if pool.norm_bias is not None and not own:
+        raise ValueError("pool.norm_weight: expected one beside pool.norm_bias, got None")
     if norm is None and own:
         raise ValueError("norm: expected one, as the slots have norm weights, got None")
     _check_names(activation, norm, position, norm_w, pool.norm_bias if norm_b is None else norm_b)

@@ -14,7 +14,9 @@ from torch import Tensor
 from fusedpeft.ops.adapter import _norm, bottleneck_adapter_ref
 from fusedpeft.ops.adapter_aten import aten_fwd
 from fusedpeft.ops.adapter_checks import check_multi
+from fusedpeft.ops.adapter_native import is_sound, multi_fwd
 from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import Adapter, AdapterSlots, check_slots
 
 
@@ -36,11 +38,13 @@ def multi_bottleneck_adapter_ref(
     return torch.cat(ys).view(x.shape)
 
 
-IMPLS = ("aten",)
+IMPLS = ("native", "aten")
 
 
-def choose_impl(device_type: str) -> tuple[str, str]:
+def choose_impl(device_type: str, native_ok: bool = True) -> tuple[str, str]:
     """(implementation, why) that `multi_bottleneck_adapter` takes by itself. Pure."""
+    if device_type == "cpu" and native_ok:
+        return "native", "one parallel region in C++, rows that share a slot share its reads"
     return "aten", "rows that name one slot together, slot by slot"
 
 
@@ -79,8 +83,17 @@ _lib.define(
 def _forward(x, pool, slots, residual, norm_w, norm_b, activation, norm, eps, add_x, impl):
     """x, residual [M, d]; pool: the tensors of `AdapterSlots` that are there."""
     pool = AdapterSlots(*pool)
+    if (impl or choose_impl(x.device.type, native is not None)[0]) == "native":
+        check_slots(slots, x.shape[0], pool.size, read=False)  # the kernel reads them
+        x, residual = _unit(x), _unit(x if add_x else residual)
+        norms = (None if t is None else t.contiguous() for t in (norm_w, norm_b))
+        return multi_fwd(x, pool, slots.contiguous(), residual, *norms, activation, norm, eps)
     check_slots(slots, x.shape[0], pool.size)
     return _aten(x, pool, slots, residual, (norm_w, norm_b), activation, norm, eps, add_x)
+
+
+def _unit(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(1) == 1 else t.contiguous()
 
 
 _lib.impl("multi_bottleneck_adapter", _forward, "CompositeExplicitAutograd")
@@ -135,14 +148,20 @@ def multi_bottleneck_adapter(
     a GPU waits for the values of `slots`. Raises TypeError or ValueError with the expected and the
     given value before anything is computed.
     """
+    before = norm is not None and norm_position == "before"
+    grads = torch.is_grad_enabled()
+    if not grads and impl is None and norm_position == "before" and native is not None:
+        given = (x, pool, slots, residual, norm_weight, norm_bias, activation, norm)
+        if not torch.compiler.is_compiling() and is_sound(*given):
+            return multi_fwd(*given, norm_eps)
     check_multi(
         x, pool, slots, residual, norm_weight, norm_bias,
         activation, norm, norm_position, IMPLS, impl,
     )  # fmt: skip
     given = [t for t in (x, *pool, residual, norm_weight, norm_bias) if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+    if grads and any(t.requires_grad for t in given):
         raise RuntimeError(_NO_GRAD)
-    before, add_x = norm is not None and norm_position == "before", residual is x
+    add_x = residual is x
     x2 = x.reshape(-1, x.shape[-1])
     args = (
         x2, [t for t in (pool if before else pool[:6]) if t is not None], slots,

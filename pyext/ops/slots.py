@@ -319,11 +319,11 @@ class PromptSlots(NamedTuple):
     length: Tensor  # [slots] int32
 
 
-def check_slots(slots: Tensor, rows: int, size: Tensor) -> None:
+def check_slots(slots: Tensor, rows: int, size: Tensor, read: bool = True) -> None:
     """slots: one int32 for each row, -1 or a slot that holds an adapter.
 
     size: [slots] or [slots, parts], as above. Values are read of CPU tensors; of CUDA tensors under
-    FUSEDPEFT_DEBUG=1 only, as it stalls the GPU.
+    FUSEDPEFT_DEBUG=1 only, as it stalls the GPU. read=False: not here, as the kernel does so.
     """
     if not isinstance(slots, Tensor):
         raise TypeError(f"slots: expected an int32 Tensor [{rows}], got {type(slots).__name__}")
@@ -335,7 +335,7 @@ def check_slots(slots: Tensor, rows: int, size: Tensor) -> None:
         )
     if slots.device != size.device:
         raise ValueError(f"slots: expected device {size.device} (as the pool), got {slots.device}")
-    if rows and (slots.is_cpu or os.environ.get("FUSEDPEFT_DEBUG") == "1"):
+    if rows and read and (slots.is_cpu or os.environ.get("FUSEDPEFT_DEBUG") == "1"):
         low, high = (int(v) for v in torch.aminmax(slots))
         count = size.shape[0]
         if low < -1 or high >= count:

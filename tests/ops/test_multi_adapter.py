@@ -196,9 +196,9 @@ def test_opcheck_and_compile():
 
 X, SLOTS = torch.randn(3, 8), torch.tensor([0, -1, 1], dtype=torch.int32)
 POOL = adapters(8, (8, 3, None), torch.float32)
-OWN = adapters(8, (8, 3, None), torch.float32, own="rms_norm")
+OWN = adapters(8, (8, 3, None), torch.float32, own="layer_norm")
 WIDE = POOL._replace(down=torch.zeros(3, 12, 8))
-W, B = torch.ones(8), torch.zeros(8)
+W = torch.ones(8)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,8 @@ W, B = torch.ones(8), torch.zeros(8)
         ((X, POOL._replace(size=POOL.scale), SLOTS), {}, TypeError, r"pool.size: .*int32, got"),
         ((X.half(), adapters(8, (2,), torch.bfloat16), SLOTS), {}, TypeError, r"pool: .*float16"),
         ((X, POOL._replace(up_bias=torch.zeros(8, 3).t()), SLOTS), {}, ValueError, "in one piece"),
+        ((X, POOL._replace(norm_bias=W), SLOTS), {}, ValueError, r"pool.norm_bias: .*\(3, 8\)"),
+        ((X, OWN._replace(norm_weight=None), SLOTS), {"norm": "layer_norm"}, ValueError, "beside"),
         ((X, POOL, SLOTS), {"residual": X[:2]}, ValueError, r"residual: expected shape \(3, 8\)"),
         ((X, POOL, SLOTS), {"residual": X.half()}, TypeError, r"residual: expected dtype .*32"),
         ((X, POOL, SLOTS), {"activation": "mish"}, ValueError, r"activation: .*got 'mish'"),
@@ -225,7 +227,7 @@ W, B = torch.ones(8), torch.zeros(8)
         ((X, POOL, SLOTS), {"norm_position": "in"}, ValueError, r"norm_position: .*got 'in'"),
         ((X, POOL, SLOTS), {"norm_weight": W}, ValueError, r"expected None without a norm"),
         ((X, OWN, SLOTS), {}, ValueError, r"norm: expected one, as the slots have .*got None"),
-        ((X, OWN, SLOTS), {"norm": "rms_norm", "norm_bias": B}, ValueError, "None with rms_norm"),
+        ((X, OWN, SLOTS), {"norm": "rms_norm"}, ValueError, "None with rms_norm"),
         ((X, POOL, SLOTS), {"impl": "triton"}, ValueError, r"impl: expected one of .*'triton'"),
         ((X.requires_grad_(), POOL, SLOTS), {}, RuntimeError, "expected no gradients"),
     ],
@@ -265,4 +267,5 @@ def test_what_slots_are_made_of():
 
 
 def test_what_each_device_takes():
-    assert choose_impl("cpu")[0] == "aten"
+    assert choose_impl("cpu")[0] == "native"
+    assert choose_impl("cpu", False)[0] == choose_impl("cuda")[0] == "aten"

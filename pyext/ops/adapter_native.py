@@ -1,0 +1,94 @@
+"""Bottleneck adapters for few rows on a CPU, in C++: what multi_adapter.py and adapter.py call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.native import DTYPE_CODES, native
+from fusedpeft.ops.slots import AdapterSlots
+
+# As in csrc/cpu/cpu.h.
+NORM_CODES = {"": 0, None: 0, "layer_norm": 1, "rms_norm": 2}
+ACTIVATION_CODES = {
+    "relu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_new": 2, "silu": 3, "swish": 3, "tanh": 4,
+    "leaky_relu": 5,
+}  # fmt: skip
+
+
+def _is(t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return t is None or (
+        t.shape == shape and t.dtype == dtype and t.is_contiguous() and t.is_cpu
+    )  # fmt: skip
+
+
+def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool:
+    """Whether `check_multi` would pass contiguous CPU tensors, in 6 us instead of 30.
+
+    False may also mean that it takes the long list to know.
+    """
+    if type(pool) is not AdapterSlots or type(x) not in PLAIN or type(slots) not in PLAIN:
+        return False
+    down, down_bias, up, up_bias, size, scale, own_w, own_b = pool
+    if down.ndim != 3 or activation not in ACTIVATION_CODES or norm not in NORM_CODES:
+        return False
+    (count, most, d), dtype, shape = down.shape, down.dtype, x.shape
+    if norm is None:
+        norms = norm_w is None and norm_b is None and own_w is None and own_b is None
+    else:
+        norms = _is(norm_w, (d,), dtype) and _is(norm_b, (d,), dtype)
+        norms = norms and (own_b is None or own_w is not None)
+        norms = norms and _is(own_w, (count, d), dtype) and _is(own_b, (count, d), dtype)
+        norms = norms and (norm == "layer_norm" or (norm_b is None and own_b is None))
+    return (
+        norms
+        and d > 0
+        and most % 8 == 0
+        and x.dtype in DTYPE_CODES
+        and (dtype == x.dtype or dtype == torch.float32)
+        and shape[-1:] == (d,)
+        and _is(x, shape, x.dtype)
+        and (residual is x or residual is None or _is(residual, shape, x.dtype))
+        and _is(slots, (x.numel() // d,), torch.int32)
+        and _is(down, (count, most, d), dtype)
+        and _is(down_bias, (count, most), dtype)
+        and _is(up, (count, d * most), dtype)
+        and _is(up_bias, (count, d), dtype)
+        and _is(size, (count,), torch.int32)
+        and _is(scale, (count,), torch.float32)
+    )
+
+
+def _row_stride(t: Tensor) -> int:
+    return t.stride()[0] if t.ndim == 2 else t.shape[-1]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation, norm, eps):
+    """x, residual: [M, d] with unit inner stride, or contiguous [*, d]. Checks slots' values."""
+    down, down_bias, up, up_bias, size, scale, own_w, own_b = pool
+    if own_w is None:
+        own = (0, 0)
+    else:
+        norm_w, norm_b, own = (
+            own_w,
+            own_b,
+            (own_w.stride()[0], own_b.stride()[0] if own_b is not None else 0),
+        )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
+    native.adapter_decode(
+        x.data_ptr(), _address(residual), y.data_ptr(), slots.data_ptr(), size.data_ptr(),
+        scale.data_ptr(), down.data_ptr(), down_bias.data_ptr(), up.data_ptr(), up_bias.data_ptr(),
+        _address(norm_w), _address(norm_b),
+        size.shape[0], slots.shape[0], x.shape[-1], _row_stride(x),
+        0 if residual is None else _row_stride(residual),
+        down.stride()[0], down_bias.stride()[0], up.stride()[0], up_bias.stride()[0], *own,
+        eps, NORM_CODES[norm], ACTIVATION_CODES[activation],
+        DTYPE_CODES[x.dtype], DTYPE_CODES[down.dtype],
+    )  # fmt: skip
+    return y
