@@ -8,7 +8,7 @@
 // A row's sums run over d and E in the same order whatever the threads and the other tokens are.
 #pragma once
 
-#include "decode.h"
+#include "products.h"
 
 namespace fusedpeft::cpu {
 namespace {

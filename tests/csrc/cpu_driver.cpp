@@ -134,9 +134,12 @@ bool refuses(int64_t m, int64_t r, int dtype, int adapter) {
   return false;
 }
 
+#include "cpu_adapters.h"
+
 }  // namespace
 
 int main() {
+  adapters();
   const int pairs[][2] = {{0, 0}, {1, 1}, {1, 0}, {2, 2}, {2, 0}};
   for (const auto& [dtype, adapter] : pairs) {
     for (int64_t m : {0, 1, 2, 3, 4, 5, 6, 7, 9, 11, 13, 16, 19})

@@ -20,6 +20,7 @@ F half(const Float16* p);
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "cpu/adapter_decode.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
 
@@ -60,6 +61,10 @@ struct Pairs {
 
 namespace portable {
 
+void adapters(const Adapters& a) {
+  if (a.dtype != kBFloat16 || a.adapter_dtype != kBFloat16 || a.norm) return adapters_any(a);
+  return AdapterCall<BFloat16, BFloat16, Pairs>(a).run();
+}
 void decode(const Decode& d) {
   if (d.dtype != kBFloat16) return decode_any(d);
   if (d.adapter_dtype == kBFloat16) return decode_as<BFloat16, BFloat16, Pairs, Pairs>(d);

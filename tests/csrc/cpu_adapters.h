@@ -1,0 +1,89 @@
+// Bottleneck adapters by token, for cpu_driver.cpp, which has what is used here.
+#pragma once
+
+// Slots of sizes 5, 0 and 17, each a row of a matrix: what lies behind an adapter of 5 is NaN.
+void adapt(int64_t m, int64_t d, int norm, int activation, int dtype, int adapter, bool residual) {
+  const int32_t size[] = {5, 0, 17};
+  const float scale[] = {0.5f, 3.0f, -0.25f};
+  const int64_t most = 24;
+  std::mt19937 random(static_cast<unsigned>(m * 31 + d));
+  Matrix x(m, d, 3, dtype), base(m, d, 1, dtype), y(m, d, 0, dtype), down(3, most * d, 2, adapter),
+      c(3, most, 1, adapter), up(3, most * d, 0, adapter), e(3, d, 5, adapter),
+      w(3, d, 4, adapter), b(3, d, 0, adapter);
+  for (Matrix* t : {&x, &base, &y, &down, &c, &up, &e, &w, &b}) t->fill(random);
+  std::vector<int32_t> slots;
+  for (int64_t i = 0; i < m; ++i) slots.push_back(static_cast<int32_t>(random() % 4) - 1);
+  for (int s = 0; s < 3; ++s) {
+    const int64_t stride = (size[s] + 7) / 8 * 8;
+    for (int64_t i = size[s] * d; i < most * d; ++i) std::memset(down.at(s, i), 0xff, down.size());
+    for (int64_t i = 0; i < most * d; ++i)
+      if (i >= stride * d || i % stride >= size[s])
+        std::memset(up.at(s, i), i < stride * d ? 0 : 0xff, up.size());
+  }
+  const float eps = 0.01f;
+  adapter_decode({x.bytes.get(), residual ? base.bytes.get() : nullptr, y.bytes.get(), slots.data(),
+                  size, scale, down.bytes.get(), c.bytes.get(), up.bytes.get(), e.bytes.get(),
+                  norm ? w.bytes.get() : nullptr, norm == kLayerNorm ? b.bytes.get() : nullptr, 3,
+                  m, d, x.stride, base.stride, y.stride, d, 0, down.stride, c.stride, up.stride,
+                  e.stride, w.stride, b.stride, eps, norm, activation, dtype, adapter});
+  const double step = dtype == kFloat32 ? 1e-6 : dtype == kBFloat16 ? 1.0 / 256 : 1.0 / 2048;
+  for (int64_t i = 0; i < m; ++i) {
+    const int s = slots[i], n = s < 0 ? 0 : size[s];
+    double mean = 0, square = 0;
+    for (int64_t j = 0; j < d; ++j) mean += norm == kLayerNorm ? x(i, j) / d : 0;
+    for (int64_t j = 0; j < d; ++j) square += (x(i, j) - mean) * (x(i, j) - mean) / d;
+    std::vector<double> h(n);
+    for (int r = 0; r < n; ++r) {
+      double p = c(s, r);
+      for (int64_t j = 0; j < d; ++j) {
+        double v = x(i, j);
+        if (norm) v = (v - mean) / std::sqrt(square + eps) * w(s, j);
+        if (norm == kLayerNorm) v += b(s, j);
+        p += v * down(s, r * d + j);
+      }
+      h[r] = activation == kTanh   ? std::tanh(p)
+             : activation == kGelu ? p * std::erfc(-p * std::sqrt(0.5)) / 2
+             : activation == kSilu ? p / (1 + std::exp(-p))
+             : activation == kRelu ? std::fmax(p, 0)
+             : activation == kLeakyRelu ? (p > 0 ? p : 0.01 * p)
+             : p / 2 * (1 + std::tanh(std::sqrt(2 / M_PI) * (p + 0.044715 * p * p * p)));
+    }
+    for (int64_t j = 0; j < d; ++j) {
+      double want = n ? e(s, j) * scale[s] : 0, size_of = 1;
+      for (int r = 0; r < n; ++r) {
+        const double term = scale[s] * h[r] * up(s, j * ((n + 7) / 8 * 8) + r);
+        want += term, size_of += std::fabs(term);
+      }
+      want += residual ? base(i, j) : 0;
+      if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 4e-6 * size_of) && failures++ < 5)
+        std::printf("adapters m %ld d %ld norm %d act %d dtype %d/%d: y[%ld,%ld] expected %g, got %g\n",
+                    m, d, norm, activation, dtype, adapter, i, j, want, y(i, j));
+    }
+  }
+}
+
+bool refuses_slot(int32_t slot, int32_t size) {
+  float v[64] = {}, scale = 1;
+  try {
+    adapter_decode({v, v, v, &slot, &size, &scale, v, v, v, v, nullptr, nullptr, 1, 1, 4, 4, 4, 4,
+                    4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+  } catch (const std::exception&) {
+    return true;
+  }
+  return false;
+}
+
+void adapters() {
+  const int pairs[][2] = {{0, 0}, {1, 1}, {1, 0}, {2, 2}, {2, 0}};
+  for (const auto& [dtype, adapter] : pairs) {
+    for (int64_t m : {0, 1, 3, 20, 64, 70})
+      for (int64_t d : {1, 31, 40}) adapt(m, d, kNoNorm, kRelu, dtype, adapter, m % 2);
+    for (int norm : {kLayerNorm, kRmsNorm})
+      for (int64_t d : {1, 16, 77}) adapt(7, d, norm, kTanh, dtype, adapter, true);
+    for (int act : {kGelu, kGeluTanh, kSilu, kLeakyRelu}) adapt(5, 33, 0, act, dtype, adapter, true);
+    adapt(33, 1300, kLayerNorm, kGelu, dtype, adapter, true);  // several threads
+    adapt(64, 1300, kNoNorm, kRelu, dtype, adapter, false);
+  }
+  if (!refuses_slot(-2, 1) || !refuses_slot(1, 1) || !refuses_slot(0, -1) || refuses_slot(0, 1))
+    ++failures, std::puts("adapters: bad slots were taken, or a good one was not");
+}
