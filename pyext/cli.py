@@ -167,6 +167,40 @@ def generate(
 
 
 @app.command()
+def compare(
+    base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    task: Annotated[str, typer.Option(help="nsmc (sentiment) or e2e (facts into a sentence).")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="The task's rows, .gz or not.")],
+    out: Annotated[Path, typer.Option(metavar="DIR")] = Path("runs/compare"),
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text the base was trained on: what is forgotten."),
+    ] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Only this method (repeatable).", metavar="NAME")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Seven ways to adapt a model, measured side by side. Goes on where it was cut off."""
+    from fusedpeft.evaluate.compare import Settings
+    from fusedpeft.evaluate.compare import compare as measure
+
+    settings = Settings(
+        base=str(base.resolve()),
+        task=task,
+        data=str(data.resolve()),
+        text=str(text.resolve()) if text else None,
+        steps=steps,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    measure(settings, out, method)
+    typer.echo(f"Open {out / 'compare.html'}")
+
+
+@app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:

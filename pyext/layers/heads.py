@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import FeatureBased, OutputLayer
 from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.targets import CLASSIFIERS
 
 _CHILD = "fusedpeft_heads"
-_CLASSIFIERS = ("score", "classifier", "classification_head", "qa_outputs")
 
 
 class Heads(nn.Module):
@@ -34,7 +34,7 @@ class Heads(nn.Module):
 
 def head_path(model: nn.Module, config: OutputLayer | FeatureBased) -> str:
     """Where the head is. Raises InputError where there is none of the kind."""
-    found = next((n for n in _CLASSIFIERS if isinstance(getattr(model, n, None), nn.Module)), None)
+    found = next((n for n in CLASSIFIERS if isinstance(getattr(model, n, None), nn.Module)), None)
     if found is None and isinstance(config, OutputLayer):
         output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         found = next(

@@ -13,6 +13,9 @@ from fusedpeft.errors import InputError
 from fusedpeft.layers.config import ALL_LINEAR
 from fusedpeft.layers.lora import LoraLinear
 
+# Children of a classification model that are its head, which is trained as a whole or not at all.
+CLASSIFIERS = ("score", "classifier", "classification_head", "qa_outputs")
+
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
     """ "; did you mean …?", or the names there are."""
@@ -78,7 +81,9 @@ def match_targets(
     ends = {path.rpartition(".")[2] for path in linears}
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        chosen = [p for p in linears if modules[p] is not head]
+        chosen = [
+            p for p in linears if modules[p] is not head and p.partition(".")[0] not in CLASSIFIERS
+        ]
         if not chosen:
             raise InputError(
                 f"LoRA targets 'all-linear': no nn.Linear or Conv1D in {type(model).__name__}"

@@ -128,6 +128,9 @@ def test_bad_input(llama, ids, tmp_path):
         fp.load_adapter(other, tmp_path)
     assert not hasattr(other, "_fusedpeft")
     lora = classifier("Bert")
-    fp.attach(lora, fp.LoRA(rank=2))
+    fp.attach(lora, fp.LoRA(rank=2))  # every linear, which the head's are not
+    fp.attach(lora, fp.OutputLayer(), "head")
+    fp.detach(lora, "head")
+    fp.attach(lora, fp.LoRA(rank=2, targets=["classifier"]), "more")
     with pytest.raises(InputError, match="OutputLayer: the head carries LoRA"):
-        fp.attach(lora, fp.OutputLayer(), "head")
+        fp.attach(lora, fp.OutputLayer(), "again")

@@ -1,0 +1,366 @@
+"""Seven ways to adapt a model to a task, measured side by side: `fusedpeft compare`.
+
+Each method trains in a process of its own, so that its peak of memory is its own, once for each of
+three learning rates around its usual one. The rate is chosen on rows kept for that; what is shown
+was measured on others. Complete methods are kept, and a second call goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from fusedpeft import layers as fp
+from fusedpeft.errors import InputError
+from fusedpeft.evaluate.compare_tasks import TASKS, Row, Rows, load_rows
+from fusedpeft.ops import linear_logprob
+
+# Name -> its usual learning rate on a small model; a third, one and three of it are tried.
+RATES = {
+    "feature-based": 1e-2,
+    "output layer": 1e-2,
+    "full": 1e-3,
+    "LoRA": 5e-3,
+    "bottleneck": 5e-3,
+    "prefix": 3e-2,
+    "prompt": 3e-2,
+}
+FACTORS = (1 / 3, 1.0, 3.0)
+_NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Settings:
+    base: str
+    task: str
+    data: str
+    text: str | None = None  # text that the base was trained on, to see what is forgotten
+    steps: int = 200
+    batch_size: int = 16
+    train_rows: int = 1600
+    tune_rows: int = 200
+    test_rows: int = 400
+    seed: int = 0
+
+
+def method_config(name: str, task: str) -> Any:
+    """The config that `fp.attach` takes."""
+    made: dict[str, Callable[[], Any]] = {
+        "feature-based": lambda: fp.FeatureBased(num_labels=2),
+        "output layer": fp.OutputLayer,
+        "full": fp.FullFineTuning,
+        "LoRA": lambda: fp.LoRA(rank=8, alpha=16),
+        "bottleneck": lambda: fp.BottleneckAdapter(size=16),
+        "prefix": lambda: fp.PrefixTuning(length=16),
+        "prompt": lambda: fp.PromptTuning(length=20, init="vocab"),
+    }
+    return made[name]()
+
+
+def methods_of(task: str) -> list[str]:
+    """A classifier over features writes no sentence."""
+    return [name for name in RATES if task == "nsmc" or name != "feature-based"]
+
+
+# --- one method, in its own process -------------------------------------------------------------
+
+
+def load_model(settings: Settings) -> tuple[nn.Module, Any]:
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(settings.base, local_files_only=True)
+    kind = AutoModelForSequenceClassification if settings.task == "nsmc" else AutoModelForCausalLM
+    options = {"num_labels": 2} if settings.task == "nsmc" else {}
+    model = kind.from_pretrained(settings.base, local_files_only=True, **options)
+    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
+    model.config.pad_token_id = pad
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def adapt(model: nn.Module, name: str, task: str) -> None:
+    """The method on the model; a classification head, new as it is, trains with every one."""
+    config = method_config(name, task)
+    fp.attach(model, config, "method")
+    heads = (fp.FeatureBased, fp.OutputLayer, fp.FullFineTuning)
+    if task == "nsmc" and not isinstance(config, heads):
+        fp.attach(model, fp.OutputLayer(), "head")
+        fp.activate(model, ["method", "head"])
+
+
+def encode(task: str, tokenizer, row: Row, most: int) -> tuple[list[int], list[int]]:
+    """(ids, labels); of a sentence only the answer is learned."""
+    if task == "nsmc":
+        return tokenizer(row.text)["input_ids"][:most], []
+    prompt = tokenizer(f"{row.text} || ")["input_ids"]
+    answer = tokenizer(row.answer, add_special_tokens=False)["input_ids"]
+    ids = [*prompt, *answer, tokenizer.eos_token_id][:most]
+    return ids, [*([-100] * len(prompt)), *answer, tokenizer.eos_token_id][:most]
+
+
+def batch(task: str, rows: Sequence[tuple[Row, tuple]], pad: int, device) -> dict[str, Tensor]:
+    longest = max(len(ids) for _, (ids, _) in rows)
+    ids = torch.tensor([[*i, *([pad] * (longest - len(i)))] for _, (i, _) in rows], device=device)
+    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for _, (i, _) in rows])
+    if task == "nsmc":
+        labels = torch.tensor([row.label for row, _ in rows])
+    else:
+        labels = torch.tensor([[*y, *([-100] * (longest - len(y)))] for _, (_, y) in rows])
+    return {"input_ids": ids, "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+class Measured:
+    """A model with a method on it, its rows encoded once."""
+
+    def __init__(self, settings: Settings, name: str, rows: Rows):
+        self.settings, self.name, self.task = settings, name, settings.task
+        self.model, self.tokenizer = load_model(settings)
+        adapt(self.model, name, self.task)
+        self.device, self.pad = self.model.device, self.model.config.pad_token_id
+        # Room for what stands in front, and for what is to be written.
+        most = (getattr(self.model.config, "max_position_embeddings", None) or 1024) - 64
+        self.rows = {
+            part: [(row, encode(self.task, self.tokenizer, row, most)) for row in own]
+            for part, own in asdict_rows(rows).items()
+        }
+
+    def batches(self, part: str, order: Sequence[int] | None = None):
+        rows, size = self.rows[part], self.settings.batch_size
+        order = range(len(rows)) if order is None else order
+        for at in range(0, len(order), size):
+            chosen = [rows[i] for i in order[at : at + size]]
+            yield batch(self.task, chosen, self.pad, self.device)
+
+    def train(self, rate: float) -> list[float]:
+        """Seconds of each step. AdamW, a tenth of the steps up, then down to zero."""
+        steps, generator = self.settings.steps, torch.Generator().manual_seed(self.settings.seed)
+        learned = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
+        up = max(1, steps // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min((i + 1) / up, (steps - i) / max(1, steps - up))
+        )
+        self.model.train()
+        seconds: list[float] = []
+        while len(seconds) < steps:
+            order = torch.randperm(len(self.rows["train"]), generator=generator).tolist()
+            for inputs in self.batches("train", order):
+                start = time.perf_counter()
+                loss = self.model(**inputs).loss
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+                schedule.step()
+                self._wait()
+                seconds.append(time.perf_counter() - start)
+                if len(seconds) == steps:
+                    break
+        return seconds
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @torch.no_grad()
+    def quality(self, part: str) -> dict[str, float]:
+        """nsmc: accuracy and loss a row; e2e: loss a token of the answers."""
+        self.model.eval()
+        right = count = total = 0.0
+        for inputs in self.batches(part):
+            out = self.model(**inputs)
+            if self.task == "nsmc":
+                right += (out.logits.argmax(-1) == inputs["labels"]).sum().item()
+                learned = len(inputs["labels"])
+            else:
+                learned = (inputs["labels"][:, 1:] != -100).sum().item()
+            total, count = total + out.loss.item() * learned, count + learned
+        found = {"loss": total / count}
+        return {"accuracy": right / count, **found} if self.task == "nsmc" else found
+
+    @torch.no_grad()
+    def coverage(self, most: int = 48) -> tuple[float, list[dict[str, str]]]:
+        """Share of the facts that greedy answers mention, and the first answers."""
+        said = wanted = 0
+        samples = []
+        for row in {row.text: row for row, _ in self.rows["test"]}.values():
+            prompt = self.tokenizer(f"{row.text} || ", return_tensors="pt").to(self.device)
+            out = self.model.generate(
+                **prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=self.pad
+            )
+            answer = self.tokenizer.decode(
+                out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+            )
+            said += sum(value in answer.lower() for value in row.values)
+            wanted += len(row.values)
+            samples.append({"facts": row.text, "answer": answer.strip()})
+            if len(samples) == most:
+                break
+        return said / max(1, wanted), samples[:3]
+
+    @torch.no_grad()
+    def latency(self) -> float:
+        """Median seconds of one row classified, or of 16 tokens written."""
+        self.model.eval()
+        seconds = []
+        for row, (ids, _) in self.rows["test"][:12]:
+            given = {"input_ids": torch.tensor([ids], device=self.device)}
+            if self.task == "e2e":
+                given = self.tokenizer(f"{row.text} || ", return_tensors="pt").to(self.device)
+            start = time.perf_counter()
+            if self.task == "e2e":
+                self.model.generate(
+                    **given, max_new_tokens=16, min_new_tokens=16, do_sample=False,
+                    pad_token_id=self.pad,
+                )  # fmt: skip
+            else:
+                self.model(**given)
+            self._wait()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[2:])
+
+    def stored_bytes(self) -> int:
+        """What is kept for this task: the adapter, and the head where one is trained."""
+        with tempfile.TemporaryDirectory() as folder:
+            if self.name == "full":
+                self.model.save_pretrained(folder)
+            else:
+                for adapter in self.model._fusedpeft.configs:
+                    fp.save_adapter(self.model, Path(folder) / adapter, adapter)
+            return sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
+
+    @torch.no_grad()
+    def text_loss(self, head: Tensor | None) -> float | None:
+        """Nats a token of the pretraining text, by the base's own output layer."""
+        if self.settings.text is None or head is None:
+            return None
+        self.model.eval()
+        total = count = 0.0
+        lines = Path(self.settings.text).read_text(encoding="utf-8").splitlines()
+        for line in [line for line in lines if line.strip()][:64]:
+            ids = self.tokenizer(line, return_tensors="pt")["input_ids"][:, :256].to(self.device)
+            h = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logp = linear_logprob(h[:, :-1], head.to(h.dtype), ids[:, 1:])
+            total, count = total - logp.sum().item(), count + ids.shape[1] - 1
+        return total / max(1, count)
+
+
+def asdict_rows(rows: Rows) -> dict[str, list[Row]]:
+    return {"train": rows.train, "tune": rows.tune, "test": rows.test}
+
+
+def run_method(settings: Settings, name: str) -> dict[str, Any]:
+    """Everything about one method; runs in a process of its own."""
+    counts = (settings.train_rows, settings.tune_rows, settings.test_rows)
+    rows = load_rows(settings.task, Path(settings.data), counts, settings.seed)
+    causal = AutoModelForCausalLM.from_pretrained(settings.base, local_files_only=True)
+    head = causal.get_output_embeddings().weight.detach().clone()
+    del causal
+    before = _memory(reset=True)
+    tried, best = [], None
+    for factor in FACTORS:
+        measured = Measured(settings, name, rows)
+        head = head.to(measured.device)
+        text_before = measured.text_loss(head) if best is None else best["text_before"]
+        rate = RATES[name] * factor
+        seconds = measured.train(rate)
+        tuned = measured.quality("tune")
+        loss = tuned["loss"] if math.isfinite(tuned["loss"]) else math.inf
+        tried.append({"rate": rate, **tuned})
+        if best is None or loss < best["tuned"]:
+            own = measured
+            best = {"tuned": loss, "rate": rate, "text_before": text_before, "seconds": seconds}
+        del measured
+    result: dict[str, Any] = {"quality": own.quality("test"), "rate": best["rate"], "tried": tried}
+    if settings.task == "e2e":
+        result["quality"]["coverage"], result["samples"] = own.coverage()
+    own.model.eval()
+    output = own.model.get_output_embeddings() if settings.task == "e2e" else None
+    result |= {
+        "trainable": fp.trainable_parameters(own.model),
+        "parameters": sum(p.numel() for p in own.model.parameters()),
+        "step_ms": 1e3 * statistics.median(best["seconds"][len(best["seconds"]) // 10 :]),
+        "latency_ms": 1e3 * own.latency(),
+        "stored_bytes": own.stored_bytes(),
+        "peak_bytes": _memory() - before,
+        "text_before": best["text_before"],
+        "text_after": own.text_loss(head if output is None else output.weight),
+    }
+    return result
+
+
+def _memory(reset: bool = False) -> int:
+    """Bytes at the peak: the GPU's, else the process's."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- all of them --------------------------------------------------------------------------------
+
+
+def compare(
+    settings: Settings,
+    out: Path,
+    methods: Sequence[str] | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Measures every method of the task (or `methods`), writes compare.json and compare.html into
+    `out` after each, and returns the content of compare.json.
+
+    What `out` has already from the same settings is kept. Raises InputError for what cannot be
+    read, an unknown method, and a process that ended without a result.
+    """
+    from fusedpeft.evaluate.compare_report import write_page
+
+    console = console or Console()
+    names = list(methods or methods_of(settings.task))
+    for name in names:
+        if name not in methods_of(settings.task):
+            known = ", ".join(methods_of(settings.task))
+            raise InputError(f"compare --method: expected one of {known}, got {name!r}")
+    counts = (settings.train_rows, settings.tune_rows, settings.test_rows)
+    load_rows(settings.task, Path(settings.data), counts, settings.seed)
+    if settings.task not in TASKS or not (Path(settings.base) / "config.json").is_file():
+        raise InputError(f"compare BASE: expected a folder with a model, got {settings.base}")
+    if settings.text is not None and not Path(settings.text).is_file():
+        raise InputError(f"compare --text: expected a file, there is none at {settings.text}")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "compare.json"
+    found = json.loads(path.read_text()) if path.is_file() else {}
+    if found.get("settings") != asdict(settings):
+        found = {"settings": asdict(settings), "methods": {}}
+    for number, name in enumerate(names, 1):
+        if name in found["methods"]:
+            console.print(f"{name}: kept")
+            continue
+        console.print(f"{name} ({number} of {len(names)}): three learning rates …")
+        start = time.monotonic()
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+            try:
+                result = pool.submit(run_method, settings, name).result()
+            except BrokenProcessPool as error:
+                raise InputError(f"compare {name}: its process was killed (memory?)") from error
+        found["methods"][name] = result
+        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_page(found, out / "compare.html")
+        shown = ", ".join(f"{k} {v:.3f}" for k, v in result["quality"].items())
+        console.print(f"{name}: {shown} in {time.monotonic() - start:.0f} s")
+    return found
