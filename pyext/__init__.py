@@ -22,6 +22,7 @@ _LAYERS = (
     "detach",
     "load_adapter",
     "merge",
+    "rows",
     "save_adapter",
     "trainable_parameters",
     "unmerge",

@@ -14,6 +14,7 @@ from fusedpeft.layers.config import (
 )
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.merge import merge, unmerge
+from fusedpeft.layers.rows import rows
 
 __all__ = [
     "AccelerateReport",
@@ -31,6 +32,7 @@ __all__ = [
     "detach",
     "load_adapter",
     "merge",
+    "rows",
     "save_adapter",
     "trainable_parameters",
     "unmerge",

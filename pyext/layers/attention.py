@@ -13,7 +13,7 @@ from fusedpeft.errors import InputError
 from fusedpeft.ops import prefix_attention
 
 IMPLEMENTATION = "fusedpeft"  # transformers' name for it
-CHILD = "fusedpeft_prefix"  # the child of an attention module whose current() is (key, value)
+CHILD = "fusedpeft_prefix"  # the child of an attention module whose current() is the prefix
 _NOT_HERE = ("softcap", "s_aux", "position_bias")  # what other models' attention asks for
 
 
@@ -39,11 +39,17 @@ def _attention(
             raise InputError(
                 f"PrefixTuning: {type(module).__name__} asks for {name}: not supported"
             )
-    prefix_key, prefix_value = (t.to(query.dtype) for t in current)
+    *prefix, ids = current
+    prefix_key, prefix_value = (t.to(query.dtype) for t in prefix)
     causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
     tokens = query.shape[2]
     if causal and 1 < tokens < key.shape[2]:  # a static cache, empty so far: what follows is unset
         key, value = key[:, :, :tokens], value[:, :, :tokens]
+    if dropout and ids is not None:
+        raise InputError(
+            f"rows: prefixes by row train without dropout of attention weights, got {dropout}: set "
+            "the model's attention dropout to 0"
+        )
     if dropout:
         out = _with_dropout(
             query, key, value, prefix_key, prefix_value, attention_mask, causal, scaling, dropout
@@ -51,7 +57,7 @@ def _attention(
     else:
         out = prefix_attention(
             query, key, value, prefix_key, prefix_value,
-            causal=causal, scale=scaling, mask=attention_mask,
+            causal=causal, scale=scaling, mask=attention_mask, prefix_ids=ids,
         )  # fmt: skip
     return out.transpose(1, 2), None
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fusedpeft.errors import InputError
 from fusedpeft.layers.blocks import Block, blocks
 from fusedpeft.layers.config import BottleneckAdapter
+from fusedpeft.layers.routing import Route, check_rows, route_of
 from fusedpeft.ops import bottleneck_adapter
 
 
@@ -65,6 +66,7 @@ class Bottlenecks(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self._active: tuple[Bottleneck, ...] = ()
+        self._route: Route | None = None  # within `rows`: an adapter a row
         self._stream: Tensor | None = None
         self._handles: list = []
 
@@ -76,27 +78,45 @@ class Bottlenecks(nn.Module):
     # Hooks: (module, args, output) -> the new output, which may be a tuple that begins with it.
 
     def serial(self, module: nn.Module, args: tuple, output):
+        h = _first(output)
+        if self._route is not None:
+            return _with_first(output, self._by_row(h, h))
         for adapter in self._active:
-            h = _first(output)
-            output = _with_first(output, adapter(h, h))
-        return output
+            h = adapter(h, h)
+        return _with_first(output, h)
 
     def around_norm(self, module: nn.Module, args: tuple, output):
         (stream,) = args
+        if self._route is not None:
+            return module.forward(self._by_row(output, stream))
         for adapter in self._active:
             stream = adapter(output, stream)
             output = module.forward(stream)
         return output
 
     def keep_stream(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._active:
+        if self._active or self._route is not None:
             self._stream = args[0] if args else next(iter(kwargs.values()))
 
     def parallel(self, module: nn.Module, args: tuple, output):
         stream, self._stream = self._stream, None
+        h = _first(output)
+        if self._route is not None:
+            return _with_first(output, self._by_row(stream, h))
         for adapter in self._active:
-            output = _with_first(output, adapter(stream, _first(output)))
-        return output
+            h = adapter(stream, h)
+        return _with_first(output, h)
+
+    def _by_row(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Each row's own adapter; the others keep their residual."""
+        check_rows(x, self._route.count)
+        y = residual
+        for name, rows in self._route.groups.items():
+            if name in self.adapters:
+                own = residual.index_select(0, rows)
+                chosen = own if x is residual else x.index_select(0, rows)
+                y = y.index_copy(0, rows, self.adapters[name](chosen, own))
+        return y
 
 
 def _first(output):
@@ -183,6 +203,11 @@ def _everywhere(model: nn.Module) -> list[tuple[nn.Module, str, Bottlenecks]]:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     for _, _, child in _everywhere(model):
         child.activate(names)
+
+
+def route(model: nn.Module, names: Sequence[str | None] | None) -> None:
+    for _, _, child in _everywhere(model):
+        child._route = route_of(names, next(child.parameters()).device)
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedpeft.layers.routing import Route, check_rows
 from fusedpeft.ops import lora_linear
 
 
@@ -57,6 +58,7 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = shape if transposed else shape[::-1]
         # All that forward reads, built beforehand. Empty: the base alone (none active, or merged).
         self._active: tuple[LoraAdapter, ...] = ()
+        self._route: Route | None = None  # within `rows`: an adapter a row
         self.training = base_layer.training
 
     # Models ask their linears for these (T5 reads `wo.weight.dtype`).
@@ -92,24 +94,45 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         active, base = self._active, self.base_layer
+        if self._route is not None:
+            return self._by_row(x, self._route)
         if not active:
             return base(x)
-        first, weight = active[0], base.weight
-        y = lora_linear(
+        y = self._fused(x, active[0])
+        for adapter in active[1:]:
+            y = (y + self._update(x, adapter)).to(y.dtype)
+        return y
+
+    def _fused(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
+        weight = self.base_layer.weight
+        return lora_linear(
             x,
             weight.t() if self.transposed else weight,
-            first.lora_A,
-            first.lora_B,
-            first.scale,
-            base.bias,
-            dropout_p=first.dropout if self.training else 0.0,
-            magnitude=first.lora_magnitude_vector,
+            adapter.lora_A,
+            adapter.lora_B,
+            adapter.scale,
+            self.base_layer.bias,
+            dropout_p=adapter.dropout if self.training else 0.0,
+            magnitude=adapter.lora_magnitude_vector,
         )
-        for adapter in active[1:]:
-            a = adapter.lora_A
-            dropped = F.dropout(x, adapter.dropout, self.training).to(a.dtype)
-            update = F.linear(F.linear(dropped, a), adapter.lora_B)
-            y = (y + adapter.scale * update).to(y.dtype)
+
+    def _update(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
+        a = adapter.lora_A
+        dropped = F.dropout(x, adapter.dropout, self.training).to(a.dtype)
+        return adapter.scale * F.linear(F.linear(dropped, a), adapter.lora_B)
+
+    def _by_row(self, x: Tensor, route: Route) -> Tensor:
+        """One product with W for all rows, then each adapter on its own; DoRA's rows anew."""
+        check_rows(x, route.count)
+        y = self.base_layer(x)
+        for name, rows in route.groups.items():
+            if name not in self.adapters:
+                continue
+            adapter, own = self.adapters[name], x.index_select(0, rows)
+            if adapter.lora_magnitude_vector is not None:
+                y = y.index_copy(0, rows, self._fused(own, adapter).to(y.dtype))
+            else:
+                y = y.index_add(0, rows, self._update(own, adapter).to(y.dtype))
         return y
 
     def merged_weight(self) -> Tensor:

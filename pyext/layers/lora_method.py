@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import LoRA
 from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.routing import route_of
 from fusedpeft.layers.targets import match_targets
 
 
@@ -56,6 +57,11 @@ def check_together(wanted: Mapping[str, LoRA]) -> None:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     for _, module in lora_modules(model):
         module.activate(names)
+
+
+def route(model: nn.Module, names: Sequence[str | None] | None) -> None:
+    for _, module in lora_modules(model):
+        module._route = route_of(names, module.weight.device)
 
 
 def remove(model: nn.Module, name: str) -> None:

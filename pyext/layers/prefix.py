@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from fusedpeft.errors import InputError
 from fusedpeft.layers.attention import CHILD, IMPLEMENTATION
 from fusedpeft.layers.config import PrefixTuning
+from fusedpeft.layers.routing import check_rows
 
 _INIT_STD = 0.02  # as in the paper's code
 
@@ -58,16 +59,25 @@ class AttentionPrefixes(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
-        self.folded: tuple[Tensor, Tensor] | None = None  # from a projection, at each forward
+        self.folded: dict[str, tuple[Tensor, Tensor]] = {}  # from projections, at each forward
+        self.route: tuple[list[str], Tensor] | None = None  # within `rows`: names, ids into them
 
-    def current(self) -> tuple[Tensor, Tensor] | None:
-        if self.active in self.adapters:
-            own = self.adapters[self.active]
+    def current(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """What `ops.prefix_attention` takes as prefix_k, prefix_v, prefix_ids."""
+        if self.route is not None:
+            names, ids = self.route
+            pairs = [self._pair(name) for name in names]
+            return (*(torch.stack(side) for side in zip(*pairs, strict=True)), ids)
+        return None if self.active is None else (*self._pair(self.active), None)
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        if name in self.adapters:
+            own = self.adapters[name]
             return own.prefix_key, own.prefix_value
-        return self.folded
+        return self.folded[name]
 
     def __getstate__(self) -> dict:  # a copy of the model makes its own
-        return {**self.__dict__, "folded": None}
+        return {**self.__dict__, "folded": {}}
 
 
 class Prefixes(nn.Module):
@@ -77,10 +87,11 @@ class Prefixes(nn.Module):
         super().__init__()
         self.projections = nn.ModuleDict()
         self.active: str | None = None
-        self.length = 0
+        self.length: int | Tensor = 0  # [B, 1] within `rows`
         self.previous = previous  # the attention implementation before
+        self.routed: list[str] | None = None
         self._handles: list = []
-        self._folded_from: tuple | None = None
+        self._folded_from: dict[str, tuple] = {}
 
     def fold(self, backbone: nn.Module, args, kwargs) -> None:
         """Before the backbone runs: every layer's keys and values from the projection.
@@ -88,24 +99,34 @@ class Prefixes(nn.Module):
         Without gradients only when a parameter has been written since: generation is not to pay
         for the MLP at each token.
         """
-        if self.active not in self.projections:
-            return
-        projection = self.projections[self.active]
+        if isinstance(self.length, Tensor):
+            given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            check_rows(next(t for t in given if t is not None), len(self.length))
+        for name in [self.active] if self.routed is None else self.routed:
+            if name in self.projections:
+                self._fold(backbone, name)
+
+    def _fold(self, backbone: nn.Module, name: str) -> None:
+        projection = self.projections[name]
         parameters = list(projection.parameters())
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        made_from = (
-            None if grad else (self.active, *((p.data_ptr(), p._version) for p in parameters))
-        )
-        if made_from is not None and made_from == self._folded_from:
+        made_from = tuple((p.data_ptr(), p._version) for p in parameters)
+        if not grad and self._folded_from.get(name) == made_from:
             return
         layers = attention_layers(backbone)
         for layer, pair in zip(layers, split(projection(), shape_of(backbone)), strict=True):
-            getattr(layer, CHILD).folded = pair
-        self._folded_from = made_from
+            getattr(layer, CHILD).folded[name] = pair
+        self._folded_from[name] = () if grad else made_from
+
+    def length_of(self, backbone: nn.Module, name: str) -> int:
+        if name in self.projections:
+            return len(self.projections[name].embedding)
+        own = getattr(attention_layers(backbone)[0], CHILD).adapters[name]
+        return own.prefix_key.shape[1]
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before positions are embedded: the prefix stands at 0 … P − 1."""
-        if not self.length:
+        if isinstance(self.length, int) and self.length == 0:
             return args, kwargs
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.length}
@@ -113,7 +134,7 @@ class Prefixes(nn.Module):
         return (*args[:at], args[at] + self.length, *args[at + 1 :]), kwargs
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded_from": None}
+        return {**self.__dict__, "_folded_from": {}}
 
 
 def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
@@ -253,18 +274,38 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
     if root is None:
         return
     root.active = names[0] if names else None
-    root.length, root._folded_from = 0, None
+    root.length = root.length_of(backbone, root.active) if names else 0
     for key, projection in root.projections.items():
         projection.requires_grad_(key == root.active)
-        if key == root.active:
-            root.length = len(projection.embedding)
     for layer in attention_layers(backbone):
         own = getattr(layer, CHILD)
-        own.active, own.folded = root.active, None
+        own.active = root.active
         for key, prefix in own.adapters.items():
             prefix.requires_grad_(key == root.active)
-            if key == root.active:
-                root.length = prefix.prefix_key.shape[1]
+
+
+def route(model: nn.Module, names: Sequence[str | None] | None) -> None:
+    backbone = getattr(model, "base_model", model)
+    root = getattr(backbone, CHILD, None)
+    if root is None:
+        return
+    order = list(dict.fromkeys(n for n in names or () if n is not None))
+    lengths = {name: root.length_of(backbone, name) for name in order}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"rows: expected prefixes of one length, got {lengths}")
+    layers = attention_layers(backbone)
+    device = next(layers[0].parameters()).device
+    chosen = None
+    root.length = 0 if root.active is None else root.length_of(backbone, root.active)
+    root.routed = None if names is None else order
+    if names is not None:
+        ids = torch.tensor([-1 if n is None else order.index(n) for n in names], device=device)
+        own = torch.tensor([lengths.get(n, 0) for n in names], device=device)
+        root.length, chosen = own[:, None] if order else 0, (order, ids)
+    for layer in layers:
+        child = getattr(layer, CHILD)
+        child.route = chosen if order else None
+        child.active = root.active if names is None else None
 
 
 def remove(model: nn.Module, name: str) -> None:
