@@ -23,6 +23,7 @@ OPS = {
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
     "soft_prompt": "fusedpeft.bench.bench_soft_prompt",
+    "multi_lora_model": "fusedpeft.bench.bench_multi_lora_model",
     "pro_step": "fusedpeft.bench.bench_pro_step",
 }
 

@@ -60,14 +60,20 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_an_example_of_the_readme_runs(number, tiny, tmp_path, monkeypatch):
+def run_example(number, tiny):
+    """(its names, what it printed)"""
     code = blocks("README.md", "python")[number]
     assert code.count(f'"{MODEL}"') == 1 and len(code.strip().splitlines()) <= 12
-    monkeypatch.chdir(tmp_path)
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code.replace(MODEL, str(tiny)), "README.md", "exec"), names)
+    return names, printed
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_example_of_the_readme_runs(number, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, printed = run_example(number, tiny)
     model, fp = names["model"], names["fp"]
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained and fp.trainable_parameters(model) == sum(p.numel() for p in trained)
@@ -83,8 +89,16 @@ def test_an_example_of_the_readme_runs(number, tiny, tmp_path, monkeypatch):
         assert "14" in printed.getvalue()  # seven linears in each of two layers
 
 
-def test_there_are_two_examples():
-    assert len(blocks("README.md", "python")) == 2
+def test_the_example_of_many_adapters_runs_on_what_the_first_one_saved(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_example(0, tiny)
+    names, printed = run_example(2, tiny)
+    assert names["pool"].slot("support") == 0 and names["logits"].shape == (2, 64, 64)
+    assert f"{names['pool'].stats()['device_bytes']:,} bytes" in printed.getvalue()
+
+
+def test_there_are_three_examples():
+    assert len(blocks("README.md", "python")) == 3
 
 
 @pytest.mark.parametrize("name", DOCS)

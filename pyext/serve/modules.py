@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fusedpeft.errors import InputError
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.slots import LoRASlots
+from fusedpeft.serve.model_places import width
 
 if TYPE_CHECKING:
     from fusedpeft.serve.pool import AdapterPool
@@ -97,13 +98,17 @@ class Serving:
     def install(self, model: nn.Module) -> None:
         if self.groups:
             raise InputError("install: the pool serves a model already; uninstall it first")
+        linears = dict(model.named_modules())
         found = []
         for paths in self.pool.stacked():
-            modules = [model.get_submodule(p) for p in paths]
-            for path, module in zip(paths, modules, strict=True):
+            slots, modules = self.pool.at(*paths), [linears.get(p) for p in paths]
+            for path, module, n in zip(paths, modules, slots.sizes, strict=True):
+                wanted, kind = (n, slots.a.shape[2]), type(module).__name__
+                if not isinstance(module, nn.Linear | Conv1D) or width(module) != wanted:
+                    raise InputError(f"install: expected a linear {wanted} at {path}, got {kind}")
                 if "forward" in module.__dict__:
                     raise InputError(f"install: {path} has a forward of its own already")
-            found.append((modules, self.pool.at(*paths)))
+            found.append((modules, slots))
         for modules, slots in found:
             group = _Group(modules, slots)
             self.groups.append(group)

@@ -114,10 +114,11 @@ def test_weights_are_there_once_while_installed(build):
         assert len({m.weight.untyped_storage().data_ptr() for m in modules}) == 1
     with pytest.raises(InputError, match="serves a model already"):
         pool.install(base)
-    other = fp.AdapterPool.for_model
     with pytest.raises(InputError, match="hooks"):
-        other(base, slots=1)
+        fp.AdapterPool.for_model(base, slots=1)
     pool.uninstall()
+    with pytest.raises(InputError, match=r"expected a linear \(\d+, 24\) at .* got NoneType"):
+        pool.install(base.base_model)  # paths begin elsewhere
     for name, p in base.named_parameters():
         assert torch.equal(p, before[name]) and p.is_contiguous()
     storages = [m.weight.untyped_storage().data_ptr() for m in map(base.get_submodule, paths)]
