@@ -4,12 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "build_info.h"  // written by setup.py
 #include "checks.h"
 #include "cpu/cpu.h"
 #include "pool.h"
 #if FUSEDPEFT_CUDA
 #include "cuda/lora_shrink.h"
+#include "cuda/prefix_decode.h"
 #endif
 
 namespace py = pybind11;
@@ -83,6 +86,38 @@ void adapter_decode_one(Address x, Address residual, Address y, Address down, Ad
                        adapter_dtype});
 }
 
+using Strides = std::array<int64_t, 3>;  // of the first three dims; the last has stride 1
+
+void check_keys(const char* name, Address address, const Strides& strides) {
+  for (int64_t stride : strides)
+    check(stride >= 0, name, ": expected strides >= 0, got ", stride);
+  check(address != 0, name, ": expected an address, got null");
+}
+
+void prefix_decode(Address q, Address k, Address v, Address pk, Address pv, Address slots,
+                   Address prefix_length, Address lengths, Address table, Address out, Address lse,
+                   int64_t b, int64_t h, int64_t hkv, int64_t t, int64_t s, int64_t d,
+                   int64_t slot_count, int64_t max_prefix, const Strides& sk, const Strides& sv,
+                   const Strides& spk, const Strides& spv, int64_t table_stride, int64_t block,
+                   int64_t block_count, double scale, int64_t window, int dtype) {
+  const auto keys = [](Address address, const Strides& s) {
+    return cpu::Keys{pointer(address), s[0], s[1], s[2]};
+  };
+  const auto ints = [](Address address) { return static_cast<const std::int32_t*>(pointer(address)); };
+  if (b > 0 && h > 0 && t > 0) {
+    if (s > 0) check_keys("k", k, sk), check_keys("v", v, sv);
+    if (slot_count * max_prefix > 0)
+      check_keys("prefix.k", pk, spk), check_keys("prefix.v", pv, spv);
+    check(q && out && lse && slots && (prefix_length || slot_count == 0),
+          "q, out, lse, slots, prefix.length: expected addresses, got null");
+  }
+  py::gil_scoped_release release;
+  cpu::prefix_decode(pointer(q), keys(k, sk), keys(v, sv), keys(pk, spk), keys(pv, spv), ints(slots),
+                     ints(prefix_length), ints(lengths), ints(table), pointer(out),
+                     static_cast<float*>(pointer(lse)), b, h, hkv, t, s, d, slot_count, max_prefix,
+                     table_stride, block, block_count, scale, window, dtype);
+}
+
 #if FUSEDPEFT_CUDA
 void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int64_t r, int64_t sx,
                       int64_t sa, int64_t ss, int dtype, int adapter_dtype, Address stream) {
@@ -92,6 +127,36 @@ void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int
   py::gil_scoped_release release;
   cuda::lora_shrink(pointer(x), pointer(a), pointer(s), m, k, r, sx, sa, ss, dtype, adapter_dtype,
                     pointer(stream));
+}
+#endif
+
+#if FUSEDPEFT_CUDA
+void prefix_decode_cuda(Address q, Address k, Address v, Address pk, Address pv, Address slots,
+                        Address prefix_length, Address lengths, Address table, Address out,
+                        Address lse, int b, int h, int hkv, int t, int s, int d, int slot_count,
+                        int max_prefix, const Strides& sk, const Strides& sv, const Strides& spk,
+                        const Strides& spv, int64_t table_stride, int block, int block_count,
+                        double scale, int window, int dtype, Address work, int prefix_splits,
+                        int splits, Address stream) {
+  const auto keys = [](Address address, const Strides& s) {
+    return cuda::PrefixDecode::Keys{pointer(address), s[0], s[1], s[2]};
+  };
+  const auto ints = [](Address address) { return static_cast<const std::int32_t*>(pointer(address)); };
+  const auto floats = [](Address address) { return static_cast<float*>(pointer(address)); };
+  if (b > 0 && h > 0 && t > 0) {
+    if (s > 0) check_keys("k", k, sk), check_keys("v", v, sv);
+    if (slot_count > 0 && max_prefix > 0)
+      check_keys("prefix.k", pk, spk), check_keys("prefix.v", pv, spv);
+    check(q && out && lse && slots && work && (prefix_length || slot_count == 0),
+          "q, out, lse, slots, work, prefix.length: expected addresses, got null");
+  }
+  py::gil_scoped_release release;
+  cuda::prefix_decode({pointer(q), keys(k, sk), keys(v, sv), keys(pk, spk), keys(pv, spv),
+                       ints(slots), ints(prefix_length), ints(lengths), ints(table), pointer(out),
+                       floats(lse), floats(work), b, h, hkv, t, s, d, slot_count, max_prefix,
+                       table_stride, block, block_count, prefix_splits, splits,
+                       static_cast<float>(scale), window, dtype},
+                      pointer(stream));
 }
 #endif
 
@@ -142,7 +207,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapter_decode_one", &adapter_decode_one, "As adapter_decode, one adapter for all rows.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
+  m.def("prefix_decode", &prefix_decode, "Attention of a few queries over prefix and keys on a CPU.");
 #if FUSEDPEFT_CUDA
+  m.def("prefix_decode_cuda", &prefix_decode_cuda, "prefix_decode on a CUDA stream.");
   m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
 #endif
 }

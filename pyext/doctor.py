@@ -17,6 +17,7 @@ from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.lora_quantised import choose_impl as choose_quantised_impl
 from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
+from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_prefix_decode_impl
 from fusedpeft.ops.soft_prompt import choose_impl as choose_soft_prompt_impl
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "lm_eval")
@@ -88,6 +89,11 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         impl, why = choose_prefix_impl(device)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
+        decode, why = choose_prefix_decode_impl(device, torch.float32)
+        row = {"op": "prefix_decode_attention", "case": device.upper(), "impl": decode, "why": why}
+        impl, why = choose_prefix_impl(device, decode)
+        label = f"{device.upper()}, at most 8 queries, no grad"
+        found += [row, {"op": "prefix_attention", "case": label, "impl": impl, "why": why}]
     by_dtype = {
         "linear_logprob": choose_logprob_impl,
         "linear_cross_entropy": choose_logprob_impl,

@@ -46,6 +46,24 @@ void adapter_decode(Adapters a);
 void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype);
 
+// Keys or values: `outer` elements from one request (block, slot) to the next, then head, then token.
+struct Keys {
+  const void* data;
+  int64_t outer, head, token;
+};
+
+// Attention of q[b,h,t,d] (contiguous) over the prefix in slots[i], whole, and then request i's own
+// keys, causal with the last query at the last of them; out as q and lse[b,h,t] contiguous.
+// lengths[b]: keys of each request (null: s). table[b,blocks] of int32 (null: k and v are dense, one
+// `outer` a request): the block of `block` tokens in which keys lie. slots[b] (-1: no prefix) below
+// `slot_count`, with prefix_length[slots] keys. window: keys that a query sees of the request's own,
+// 0: all. Throws std::invalid_argument for what would be read out of bounds.
+void prefix_decode(const void* q, Keys k, Keys v, Keys pk, Keys pv, const int32_t* slots,
+                   const int32_t* prefix_length, const int32_t* lengths, const int32_t* table,
+                   void* out, float* lse, int64_t b, int64_t h, int64_t hkv, int64_t t, int64_t s,
+                   int64_t d, int64_t slot_count, int64_t max_prefix, int64_t table_stride,
+                   int64_t block, int64_t block_count, double scale, int64_t window, int dtype);
+
 // What runs here: "avx512_bf16", "avx512", "avx2" or "portable", the best of the chip. The
 // environment variable FUSEDPEFT_CPU, read once, forces one; std::invalid_argument where the chip
 // lacks it.

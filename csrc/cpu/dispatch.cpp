@@ -16,6 +16,7 @@ struct Level {
   void (*adapters)(const Adapters&);
   void (*decode)(const Decode&);
   void (*dropout)(const Dropout&);
+  void (*prefix_decode)(const PrefixDecode&);
 };
 
 #if defined(__x86_64__)
@@ -39,13 +40,18 @@ const Level* levels(int* count) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const Level all[] = {
-      {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout},
-      {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout},
-      {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout},
-      {"portable", true, portable::adapters, portable::decode, portable::dropout}};
+      {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout,
+       avx512::prefix_decode},
+      {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout,
+       avx512::prefix_decode},
+      {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout,
+       avx2::prefix_decode},
+      {"portable", true, portable::adapters, portable::decode, portable::dropout,
+       portable::prefix_decode}};
 #else
   static const Level all[] = {
-      {"portable", true, portable::adapters, portable::decode, portable::dropout}};
+      {"portable", true, portable::adapters, portable::decode, portable::dropout,
+       portable::prefix_decode}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -90,6 +96,8 @@ void* scratch(int64_t bytes) {
   }
   return memory.get();
 }
+
+void run(const PrefixDecode& d) { level().prefix_decode(d); }
 
 const char* cpu_capability() { return level().name; }
 

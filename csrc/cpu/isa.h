@@ -25,28 +25,58 @@ struct Dropout {
 
 constexpr int64_t kMaxTokens = 64;  // of one call of `adapters`
 constexpr int64_t kRankStep = 8;    // pyext/ops/slots.py
+struct PrefixItem {  // queries of `count` requests against keys begin..end that all of them see
+  int64_t slot;      // whose prefix; -1: the keys of members[0] itself
+  const int64_t* members;
+  int64_t count, begin, end;
+  int64_t part;  // which of a member's parts this is
+};
+
+struct PrefixDecode {
+  const void* q;
+  Keys k, v, pk, pv;
+  const int32_t* table;  // null: dense
+  int64_t table_stride, block;
+  void* out;
+  float* lse;
+  int64_t b, hkv, rows, t, d;  // rows: queries of a request and a head of k, H / HKV * t
+  float scale;
+  int64_t window;  // 0: none
+  int dtype;
+  // The plan, from prefix_decode.cpp.
+  const PrefixItem* items;
+  int64_t count;
+  const int64_t *lengths, *first;  // [b]: keys; [b + 1]: parts of all requests before
+  int64_t most;                    // queries of an item, at most
+  int64_t work;                    // products with keys
+};
 
 namespace portable {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
+void prefix_decode(const PrefixDecode& d);
 }  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
+void prefix_decode(const PrefixDecode& d);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
 void dropout(const Dropout& d);
+void prefix_decode(const PrefixDecode& d);
 }  // namespace avx512
 namespace avx512_bf16 {
 void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's
 void decode(const Decode& d);  // in bf16; the rest is avx512's
 }  // namespace avx512_bf16
 #endif
+
+void run(const PrefixDecode& d);  // on the instruction set that runs here
 
 // Memory of the calling thread that lives until its next call; 64-byte aligned.
 void* scratch(int64_t bytes);

@@ -218,6 +218,7 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 template <class T>

@@ -13,6 +13,7 @@ from fusedpeft.ops.multi_adapter import multi_bottleneck_adapter, multi_bottlene
 from fusedpeft.ops.multi_lora import multi_lora_linear, multi_lora_linear_ref
 from fusedpeft.ops.preference import pro_loss, pro_loss_ref, ranking_loss, ranking_loss_ref
 from fusedpeft.ops.prefix_attention import prefix_attention, prefix_attention_ref
+from fusedpeft.ops.prefix_decode import prefix_decode_attention, prefix_decode_attention_ref
 from fusedpeft.ops.quantised import FP8Weight, NF4Weight
 from fusedpeft.ops.soft_prompt import soft_prompt_embedding, soft_prompt_embedding_ref
 
@@ -35,6 +36,8 @@ __all__ = [
     "prefix_attention_ref",
     "multi_bottleneck_adapter",
     "multi_bottleneck_adapter_ref",
+    "prefix_decode_attention",
+    "prefix_decode_attention_ref",
     "pro_loss",
     "pro_loss_ref",
     "ranking_loss",

@@ -5,8 +5,9 @@
 
 A CPU attends to the two parts apart and merges them by their logsumexp
 (prefix_attention_aten.py), a GPU walks them in one pass (kernels/prefix_attention.py). Both keep
-out and the logsumexp for backward, and add the shares of a shared prefix in a fixed order. (Li &
-Liang 2021, "Prefix-Tuning"; partial softmaxes: Dao et al. 2022, "FlashAttention", §3.1.)
+out and the logsumexp for backward, and add the shares of a shared prefix in a fixed order. A few
+queries without gradients go to the kernels of prefix_decode_attention. (Li & Liang 2021,
+"Prefix-Tuning"; partial softmaxes: Dao et al. 2022, "FlashAttention", §3.1.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
-from fusedpeft.ops.prefix_attention_checks import check
+from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes
+from fusedpeft.ops.prefix_decode_impls import as_slots, forward
+from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_decode_impl
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -54,8 +57,13 @@ def prefix_attention_ref(
     return (out, lse) if return_lse else out
 
 
-def choose_impl(device_type: str) -> tuple[str, str]:
-    """(implementation, why) that `prefix_attention` takes by itself. Pure; `doctor` prints it."""
+def choose_impl(device_type: str, decode: str = "") -> tuple[str, str]:
+    """(implementation, why) that `prefix_attention` takes by itself. Pure; `doctor` prints it.
+
+    decode: what `prefix_decode_attention` takes there, for a call that it can answer."""
+    if decode in DECODE:
+        why = "few queries without gradients: the kernel of prefix_decode_attention"
+        return decode, why
     if device_type == "cpu":
         return "aten", "two calls of ATen's flash attention, merged by their logsumexp"
     if device_type == "cuda":
@@ -77,6 +85,10 @@ _lib.define(
 
 def _forward(*args):
     *args, impl = args
+    if impl in DECODE:
+        q, k, v, pk, pv, _, _, ids, _, scale, window = args
+        *prefix, slots = as_slots(pk, pv, ids, q.shape[0])
+        return forward(q, k, v, *prefix, slots, None, None, scale, window, impl)
     if impl == "triton":
         from fusedpeft.kernels.prefix_attention import prefix_attention_fwd
 
@@ -182,21 +194,26 @@ def prefix_attention(
 
     Both results are differentiable; gradients come in their input's dtype and are the same in every
     run. Saved for backward: the inputs, out and the logsumexp. impl: None chooses by device
-    (`fusedpeft doctor` shows it), "aten" is the CPU path, "triton" the GPU's. On a GPU without
-    FUSEDPEFT_DEBUG=1 nobody reads cu_seqlens and prefix_ids before the launch: a row whose id is
-    outside the table is NaN there, as are tokens that no sequence holds; fp64 has no kernel; and a
-    mask's values below −1e29 hide as −inf does. Raises TypeError or ValueError with the expected
-    and the given value, NotImplementedError on a device that has no kernel.
+    (`fusedpeft doctor` shows it), "aten" is the CPU path, "triton" the GPU's; "native" and "cuda"
+    are those of prefix_decode_attention, taken where T ≤ 8 and causal (or T = 1), without
+    gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads cu_seqlens and
+    prefix_ids before the launch: a row whose id is outside the table is NaN there, as are tokens
+    that no sequence holds; fp64 has no kernel; and a mask's values below −1e29 hide as −inf does.
+    Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
+    device that has no kernel.
     """
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v, prefix_k, prefix_v = (t.to(dtype) for t in (q, k, v, prefix_k, prefix_v))
-    impl = impl or choose_impl(device)[0]
-    check(q, k, v, prefix_k, prefix_v, mask, window, cu_seqlens, prefix_ids, scale, impl)
+    if impl is None:
+        few = decodes(q, k, v, prefix_k, prefix_v, causal, mask, cu_seqlens)
+        impl = choose_impl(device, choose_decode_impl(device, q.dtype)[0] if few else "")[0]
+    check(q, k, v, prefix_k, prefix_v, mask, window, cu_seqlens, prefix_ids, scale, causal, impl)
     tensors = (q, k, v, prefix_k, prefix_v, mask, cu_seqlens, prefix_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (*tensors, bool(causal), scale, window or 0, impl)
     plain = all(type(t) in _PLAIN for t in tensors[:5]) and not torch.compiler.is_compiling()
-    out, lse = (_PrefixAttention.apply if plain else torch.ops.fusedpeft.prefix_attention)(*args)
+    run = _forward if impl in DECODE else _PrefixAttention.apply
+    out, lse = (run if plain else torch.ops.fusedpeft.prefix_attention)(*args)
     return (out, lse) if return_lse else out

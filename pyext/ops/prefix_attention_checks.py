@@ -8,12 +8,15 @@ import os
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.native import DTYPE_CODES, native
+
 MAX_HEAD_DIM = 256
-IMPLS = ("aten", "triton")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IMPLS = ("aten", "triton", "native", "cuda")
+DECODE = ("native", "cuda")  # the kernels of prefix_decode_attention
+MAX_DECODE_QUERIES = 8
 
 
-def check(q, k, v, pk, pv, mask, window, cu, ids, scale, impl) -> None:
+def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
     named = (("q", q), ("k", k), ("v", v), ("prefix_k", pk), ("prefix_v", pv))
     extra = (("mask", mask), ("cu_seqlens", cu), ("prefix_ids", ids))
     for name, t in (*named, *((n, t) for n, t in extra if t is not None)):
@@ -63,10 +66,42 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, impl) -> None:
         raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    _check_impl(impl, q)
+    if impl in DECODE:
+        check_kernel(impl, q)
+        if not decodes(q, k, v, pk, pv, causal, mask, cu):
+            want = f"T <= {MAX_DECODE_QUERIES}, causal, no mask, no cu_seqlens, no gradients"
+            raise ValueError(f"impl={impl!r}: expected {want}, got T = {T} or one of these")
+    else:
+        _check_impl(impl, q)
     read = q.device.type == "cpu" or os.environ.get("FUSEDPEFT_DEBUG") == "1"
     if read and not torch.compiler.is_compiling():
         _check_values(mask, cu, ids, pk, T)
+
+
+def decodes(q, k, v, pk, pv, causal: bool, mask, cu) -> bool:
+    """Whether the kernels of prefix_decode_attention answer the call; `check` has not been yet."""
+    tensors = (q, k, v, pk, pv)
+    return (
+        all(isinstance(t, Tensor) for t in tensors)
+        and q.ndim == 4
+        and q.shape[2] <= MAX_DECODE_QUERIES
+        and (causal or q.shape[2] == 1)
+        and mask is None
+        and cu is None
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def check_kernel(impl: str, q: Tensor) -> None:
+    """Of "native" and "cuda": that fusedpeft._C has it, and that it takes q."""
+    device = "cpu" if impl == "native" else "cuda"
+    if q.device.type != device:
+        raise ValueError(f"impl={impl!r}: expected {device} tensors, got {q.device.type}")
+    if q.dtype not in DTYPE_CODES:
+        raise TypeError(f"impl={impl!r}: expected fp32, bf16 or fp16, got {q.dtype}")
+    if not hasattr(native, "prefix_decode" if impl == "native" else "prefix_decode_cuda"):
+        how = "pip install -e ." if impl == "native" else "FUSEDPEFT_CUDA=1 pip install -e ."
+        raise ValueError(f"impl={impl!r}: expected fusedpeft._C with its kernel; build it: {how}")
 
 
 def _check_impl(impl: str, q: Tensor) -> None:
@@ -80,7 +115,7 @@ def _check_impl(impl: str, q: Tensor) -> None:
     if impl == "triton":
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError(f"impl='triton': expected CUDA tensors, got {device}; use 'aten'")
-        if q.dtype not in _KERNEL_DTYPES:
+        if q.dtype not in DTYPE_CODES:
             raise TypeError(f"impl='triton': expected fp32, bf16 or fp16, got {q.dtype}")
 
 

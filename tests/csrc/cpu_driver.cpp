@@ -4,6 +4,7 @@
 // is seen; the gaps between rows hold NaN, so that a read beyond any other is seen in y.
 #include "cpu/cpu.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -135,6 +136,7 @@ bool refuses(int64_t m, int64_t r, int dtype, int adapter) {
 }
 
 #include "cpu_adapters.h"
+#include "cpu_prefix.h"
 
 }  // namespace
 
@@ -155,6 +157,7 @@ int main() {
   }
   if (!refuses(-1, 1, 0, 0) || !refuses(1, 0, 0, 0) || !refuses(1, 1, 3, 3) || !refuses(1, 1, 1, 2))
     ++failures, std::puts("bad arguments were taken");
+  prefixes();
   std::printf("%s: %d failures\n", cpu_capability(), failures);
   return failures != 0;
 }

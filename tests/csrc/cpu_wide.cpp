@@ -23,6 +23,7 @@ F half(const Float16* p);
 #include "cpu/adapter_decode.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
+#include "cpu/prefix_decode.h"
 
 namespace fusedpeft::cpu {
 namespace {
@@ -71,6 +72,7 @@ void decode(const Decode& d) {
   return decode_as<BFloat16, float, Pairs, Wide<float>>(d);
 }
 void dropout(const Dropout& d) { dropout_any(d); }
+void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 
 }  // namespace portable
 }  // namespace fusedpeft::cpu

@@ -17,7 +17,13 @@ import torch
 from fusedpeft.ops.native import native
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = {"lora_shrink_kernel": 15}  # name: instances
+KERNELS = {  # name: instances
+    "lora_shrink_kernel": 15,
+    "prefix_decode_fma_kernel": 3,
+    "prefix_decode_merge_kernel": 3,
+    "prefix_decode_mma_kernel": 6,
+}
+MOST_REGISTERS = {"prefix_decode_mma_kernel": 255}  # shared memory bounds its blocks an SM
 INFO = native.build_info() if native is not None else {"cuda": False}
 needs_cuda_half = pytest.mark.skipif(
     not INFO["cuda"], reason="fusedpeft._C was built without its CUDA half: no nvcc, or 0 asked for"
@@ -56,7 +62,8 @@ def test_every_architecture_is_there_and_nothing_spills(cuobjdump):
         elif found := usage.search(line):
             registers, stack, shared, local = map(int, found.groups())
             assert (stack, local) == (0, 0), f"{name} spills on sm_{arch}: {line}"
-            assert registers <= 128 and shared <= 48 << 10, f"{name} on sm_{arch}: {line}"
+            most = next((r for k, r in MOST_REGISTERS.items() if k in name), 128)
+            assert registers <= most and shared <= 48 << 10, f"{name} on sm_{arch}: {line}"
             (kernel,) = (k for k in KERNELS if k in name)
             counts = seen.setdefault(arch, dict.fromkeys(KERNELS, 0))
             counts[kernel] += 1

@@ -289,7 +289,7 @@ TABLE = make(prefix="table")[3:]
         ({}, dict(mask=torch.zeros(1, 1, 37, 37, requires_grad=True)), ValueError, r"no gradient"),
         ({}, dict(window=0), ValueError, r"window: expected an int >= 1 or None, got 0"),
         ({}, dict(scale=INF), ValueError, r"scale: expected a finite number, got inf"),
-        ({}, dict(impl="cuda"), ValueError, r"impl: expected one of .*got 'cuda'"),
+        ({}, dict(impl="eager"), ValueError, r"impl: expected one of .*got 'eager'"),
         ({}, dict(impl="triton"), ValueError, r"impl='triton': expected CUDA tensors, got cpu"),
         ({}, dict(cu_seqlens=torch.tensor([0, 37])), ValueError, r"expected B = 1 .*got B = 2"),
         (dict(pk=TABLE[0], pv=TABLE[1]), dict(prefix_ids=torch.tensor([0, 3])), ValueError,
@@ -325,7 +325,9 @@ def test_bad_packing(cu):
 
 
 def test_the_choice_of_implementation():
-    assert choose_impl("cpu")[0] == "aten"
+    assert choose_impl("cpu")[0] == choose_impl("cpu", "aten")[0] == "aten"
+    assert choose_impl("cpu", "native")[0] == "native"
+    assert choose_impl("cuda", "cuda")[0] == "cuda" and choose_impl("cuda", "aten")[0] == "triton"
     assert choose_impl("cuda")[0] == "triton" and choose_impl("meta")[0] == "raises"
     with pytest.raises(NotImplementedError, match="expected CPU or CUDA tensors, got meta"):
         ops.prefix_attention(*(t.to("meta") for t in (Q, K, V, PK, PV)))
