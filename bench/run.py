@@ -21,6 +21,7 @@ OPS = {
     "lora_quantised": "fusedpeft.bench.bench_lora_quantised",
     "adapter": "fusedpeft.bench.bench_adapter",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
+    "prefix_decode": "fusedpeft.bench.bench_prefix_decode",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
     "soft_prompt": "fusedpeft.bench.bench_soft_prompt",
     "multi_lora_model": "fusedpeft.bench.bench_multi_lora_model",
