@@ -117,6 +117,7 @@ def test_weights_are_there_once_while_installed(build):
     with pytest.raises(InputError, match="hooks"):
         fp.AdapterPool.for_model(base, slots=1)
     pool.uninstall()
+    assert not any("forward" in module.__dict__ for module in base.modules())
     with pytest.raises(InputError, match=r"expected a linear \(\d+, 24\) at .* got NoneType"):
         pool.install(base.base_model)  # paths begin elsewhere
     for name, p in base.named_parameters():
