@@ -1,5 +1,8 @@
 """Checkpoints of PEFT's, loaded into the pool: what comes out is what PEFT computes."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -69,9 +72,29 @@ def test_a_token_each(build, ids, peft_adapter):
         base(ids)
 
 
-def test_our_own_checkpoints(llama, ids, tmp_path):
-    import copy
+def test_threads_share_an_installed_model(build, ids, peft_adapter):
+    """Each has its own batch, and its own place in a stacked product."""
+    base = build()
+    pool = fp.AdapterPool.for_model(base, slots=2, max_rank=8)
+    for seed, name in enumerate("ab"):
+        config = peft.LoraConfig(r=3 + seed, target_modules="all-linear")
+        pool.load(name, peft_adapter(base, config, seed)[0])
+    pool.install(base)
 
+    def run(names):
+        with pool.batch(names):
+            return base(ids).logits
+
+    batches = (["a", "b", None, "a"], ["b", None, "a", "b"], [None, "a", "b", "b"])
+    alone = [run(names) for names in batches]
+    assert (alone[0] - alone[1]).abs().max() > 1e-2
+    with ThreadPoolExecutor(len(batches)) as threads:
+        together = list(threads.map(run, batches * 10))
+    for i, got in enumerate(together):
+        torch.testing.assert_close(got, alone[i % 3], rtol=0, atol=1e-6)
+
+
+def test_our_own_checkpoints(llama, ids, tmp_path):
     ours = fp.attach(copy.deepcopy(llama), fp.LoRA(rank=5, alpha=3, rslora=True))
     with torch.no_grad():
         for name, p in ours.named_parameters():
