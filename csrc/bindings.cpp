@@ -37,6 +37,28 @@ void lora_decode(Address x, Address w, Address a, Address b, Address bias, Addre
                    n, r, sx, sw, sa, sb, sy, scale, dtype, adapter_dtype);
 }
 
+void multi_lora(Address x, Address w, Address bias, Address y, Address slots, Address a, Address b,
+                Address rank, Address scale, const std::vector<int64_t>& sizes, int64_t count,
+                int64_t max_rank, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t sy,
+                int64_t a_slot, int64_t a_row, int64_t b_slot, int dtype, int adapter_dtype) {
+  const auto parts = static_cast<int64_t>(sizes.size());
+  check_matrix("x", x, m, k, sx);
+  check_matrix("w", w, n, k, sw);
+  check_matrix("y", y, m, n, sy);
+  check_matrix("slots", slots, m, 1, 1);
+  check_matrix("rank", rank, count, parts, parts);
+  check_matrix("scale", scale, count, parts, parts);
+  check_matrix("a", a, count, parts * max_rank * k, a_slot);
+  check_matrix("b", b, count, n * max_rank, b_slot);
+  const cpu::LoraSlots pool = {pointer(a), pointer(b), static_cast<const int32_t*>(pointer(rank)),
+                               static_cast<const float*>(pointer(scale)), sizes.data(), count, parts,
+                               max_rank, a_slot, a_row, b_slot};
+  py::gil_scoped_release release;
+  cpu::multi_lora(pointer(x), pointer(w), pointer(bias), pointer(y),
+                  static_cast<const int32_t*>(pointer(slots)), pool, m, k, n, sx, sw, sy, dtype,
+                  adapter_dtype);
+}
+
 void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype) {
   check_matrix("x", x, rows, cols, sx);
@@ -205,6 +227,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapter_decode", &adapter_decode,
         "y = residual + scale · (act(norm(x) Dᵀ + c) Uᵀ + e) on a CPU, for few rows.");
   m.def("adapter_decode_one", &adapter_decode_one, "As adapter_decode, one adapter for all rows.");
+  m.def("multi_lora", &multi_lora,
+        "y = x Wᵀ + bias on a CPU, and of each row its own slot's scale · B (A x).");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
   m.def("prefix_decode", &prefix_decode, "Attention of a few queries over prefix and keys on a CPU.");

@@ -13,47 +13,6 @@
 namespace fusedpeft::cpu {
 namespace {
 
-// Lane i: the sum over v[i]'s lanes, in a third of the steps that kWidth times sum() takes.
-template <int half = kWidth / 2>
-FUSEDPEFT_INLINE F sums(F (&v)[kWidth]) {
-  U keep, give;  // of a pair of vectors: one's lanes where lane & half is 0, else the other's
-  for (uint32_t i = 0; i < kWidth; ++i) {
-    const uint32_t other = i & half ? kWidth : 0;
-    keep[i] = other + i;
-    give[i] = other + (i ^ half);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < half; ++i)
-    v[i] = __builtin_shuffle(v[i], v[i + half], keep) + __builtin_shuffle(v[i], v[i + half], give);
-  if constexpr (half > 1) {
-    return sums<half / 2>(v);
-  } else {
-    return v[0];
-  }
-}
-
-// --- products -----------------------------------------------------------------------------------
-
-template <class P>
-using Dot = void (*)(F*, bool, const typename P::Element*, int64_t, const typename P::Packed*,
-                     int64_t, int64_t, Ahead);
-
-template <class P, int MT, int NR>
-Dot<P> dot_of(int rows) {
-  if constexpr (NR > 1) {
-    if (rows < NR) return dot_of<P, MT, NR - 1>(rows);
-  }
-  return dot<P, NR, MT>;
-}
-
-template <class P, int MT = kGroup>
-Dot<P> dot_of(int rows, int tokens) {
-  if constexpr (MT > 1) {
-    if (tokens < MT) return dot_of<P, MT - 1>(rows, tokens);
-  }
-  return dot_of<P, MT, rows_for(MT)>(rows);
-}
-
 // Rows whose sums are held at a time: whole vectors of sums, and whole chunks of most sizes.
 constexpr int64_t kHeld = round_up(24, kWidth);
 

@@ -27,6 +27,7 @@ inline F half(const Float16* p) {
 #include "adapter_decode.h"
 #include "decode.h"
 #include "dropout.h"
+#include "multi_lora.h"
 #include "prefix_decode.h"
 
 namespace fusedpeft::cpu::avx2 {
@@ -35,6 +36,7 @@ void adapters(const Adapters& a) { adapters_any(a); }
 void decode(const Decode& d) { decode_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
+void multi_lora(const MultiLora& d) { multi_any(d); }
 
 }  // namespace fusedpeft::cpu::avx2
 

@@ -26,6 +26,7 @@ inline F half(const Float16* p) {
 
 #include "adapter_decode.h"
 #include "decode.h"
+#include "multi_lora.h"
 
 namespace fusedpeft::cpu {
 namespace {
@@ -58,6 +59,11 @@ void adapters(const Adapters& a) { AdapterCall<BFloat16, BFloat16, Pairs>(a).run
 void decode(const Decode& d) {
   if (d.adapter_dtype == kBFloat16) return decode_as<BFloat16, BFloat16, Pairs, Pairs>(d);
   return decode_as<BFloat16, float, Pairs, Wide<float>>(d);
+}
+
+void multi_lora(const MultiLora& d) {
+  if (d.adapter_dtype == kBFloat16) return MultiCall<BFloat16, BFloat16, Pairs, Pairs>(d).run();
+  return MultiCall<BFloat16, float, Pairs, Wide<float>>(d).run();
 }
 
 }  // namespace fusedpeft::cpu::avx512_bf16

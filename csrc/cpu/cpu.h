@@ -42,6 +42,22 @@ struct Adapters {
 // Throws std::invalid_argument for other codes, sizes or slots, before anything is written.
 void adapter_decode(Adapters a);
 
+// y[m,n] = x[m,k] w[n,k]^T + bias[n], and of each row its own adapter's scale * B (A x): that of
+// slots[m] (-1: none), part by part of n. The adapters lie as LoRASlots says (pyext/ops/slots.py).
+struct LoraSlots {
+  const void *a, *b;    // of adapter_dtype
+  const int32_t* rank;  // [count, parts]; -1: the slot is free
+  const float* scale;   // [count, parts]
+  const int64_t* sizes;  // of the parts, n in all
+  int64_t count, parts, max_rank;
+  int64_t a_slot, a_row, b_slot;  // elements from one to the next
+};
+// As lora_decode; any m, made for m <= 64. Throws std::invalid_argument for other codes or sizes, a
+// slot that is not there or free, or a rank beyond max_rank, before anything is written.
+void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,
+                const LoraSlots& pool, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw,
+                int64_t sy, int dtype, int adapter_dtype);
+
 // out[rows,cols] = x * keep(row, col) / (1 - p); the mask is specified in pyext/ops/dropout.py.
 void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype);

@@ -21,17 +21,13 @@ template <class T, class TA, class PW, class PA, int G>
 struct Call {
   using PB = Wide<TA>;
   static constexpr int kRows = rows_for(G);
-  static constexpr bool kOnePacking = __is_same(PW, PA);
-  static constexpr int64_t kBlocks = 4 * kWidth;  // a multiple of every kBlock
-  static constexpr int64_t kPiece = 1024;         // elements that a thread packs at a time
 
   const Decode& d;
   const T *w, *bias;
   const TA *a, *b;
   Groups groups;
-  Tokens<PW> xw;
-  Tokens<PA> xa;
   Tokens<PB> s;
+  Packings<T, PW, PA> x;
 
   explicit Call(const Decode& d)
       : d(d),
@@ -39,38 +35,27 @@ struct Call {
         bias(static_cast<const T*>(d.bias)),
         a(static_cast<const TA*>(d.a)),
         b(static_cast<const TA*>(d.b)),
-        groups(static_cast<int>(d.m)) {
-    // A line more than needed: rows a power of two apart would fall into the same sets of the L1.
-    const int64_t sx = round_up(d.k, kBlocks) + kLine / 4, ss = round_up(d.r, kBlocks);
-    const int64_t floats = d.m * (ss + (kOnePacking ? 1 : 2) * sx);
-    float* memory = static_cast<float*>(scratch(floats * sizeof(float)));
-    s = {memory, d.m, d.r, ss};
-    for (int64_t i = 0; i < d.m * ss; ++i) memory[i] = 0;
-    memory += d.m * ss;
-    xw = {reinterpret_cast<typename PW::Packed*>(memory), d.m, d.k, sx};
-    if constexpr (kOnePacking) {
-      xa = xw;
-    } else {
-      xa = {reinterpret_cast<typename PA::Packed*>(memory + d.m * sx), d.m, d.k, sx};
-    }
+        groups(static_cast<int>(d.m)),
+        s(sums_of(d)),
+        x(s.x + d.m * s.stride, d.m, d.k) {}
+
+  static Tokens<PB> sums_of(const Decode& d) {
+    const int64_t stride = round_up(d.r, Packings<T, PW, PA>::kBlocks), floats = d.m * stride;
+    const int64_t all = floats + Packings<T, PW, PA>::floats(d.m, d.k);
+    float* s = static_cast<float*>(scratch(all * static_cast<int64_t>(sizeof(float))));
+    for (int64_t i = 0; i < floats; ++i) s[i] = 0;
+    return {s, d.m, d.r, stride};
   }
 
   void pack(int64_t thread, int64_t team) const {
-    const int64_t pieces = ceil_div(d.k, kPiece), all = d.m * pieces;
-    for (int64_t i = all * thread / team; i < all * (thread + 1) / team; ++i) {
-      const int64_t token = i / pieces, begin = i % pieces * kPiece;
-      const int64_t end = min_of(begin + kPiece, d.k);
-      const T* from = static_cast<const T*>(d.x) + token * d.sx;
-      xw.pack(token, from, begin, end);
-      if constexpr (!kOnePacking) xa.pack(token, from, begin, end);
-    }
+    x.pack(thread, team, [&](int64_t m) { return static_cast<const T*>(d.x) + m * d.sx; });
   }
 
   void shrink(int64_t begin, int64_t end) const {
     F acc[kRows * kTokens];
     for (int64_t r = begin; r < end; r += kRows) {
       const int64_t rows = min_of(kRows, end - r);
-      dot_rows<PA, G>(acc, true, a + r * d.sa, d.sa, rows, xa, groups, false);
+      dot_rows<PA, G>(acc, true, a + r * d.sa, d.sa, rows, x.a, groups, false);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t m = 0; m < d.m; ++m)
           s.x[m * s.stride + packed_at(r + i, a)] = d.scale * sum(acc[i * kTokens + m]);
@@ -84,7 +69,7 @@ struct Call {
     if (begin >= end) ready();
     for (int64_t n = begin; n < end; n += kRows) {
       const int64_t rows = min_of(kRows, end - n);
-      dot_rows<PW, G>(acc, true, w + n * d.sw, d.sw, rows, xw, groups, true);
+      dot_rows<PW, G>(acc, true, w + n * d.sw, d.sw, rows, x.w, groups, true);
       if (n == begin) ready();
       dot_rows<PB, G>(acc, false, b + n * d.sb, d.sb, rows, s, groups, false);
       for (int64_t i = n; i < n + rows; ++i) {

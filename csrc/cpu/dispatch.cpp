@@ -1,11 +1,14 @@
 // Which instruction set runs, and the calls of cpu.h that go by it.
 #include "isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fusedpeft::cpu {
 namespace {
@@ -17,6 +20,7 @@ struct Level {
   void (*decode)(const Decode&);
   void (*dropout)(const Dropout&);
   void (*prefix_decode)(const PrefixDecode&);
+  void (*multi_lora)(const MultiLora&);
 };
 
 #if defined(__x86_64__)
@@ -26,6 +30,9 @@ void in_bf16(const Decode& d) {
 void adapters_in_bf16(const Adapters& a) {
   const bool pairs = a.adapter_dtype == kBFloat16 && a.norm == kNoNorm;
   return pairs ? avx512_bf16::adapters(a) : avx512::adapters(a);
+}
+void multi_lora_in_bf16(const MultiLora& d) {
+  return d.dtype == kBFloat16 ? avx512_bf16::multi_lora(d) : avx512::multi_lora(d);
 }
 #endif
 
@@ -40,18 +47,17 @@ const Level* levels(int* count) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   static const Level all[] = {
-      {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout,
-       avx512::prefix_decode},
-      {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout,
-       avx512::prefix_decode},
-      {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout,
-       avx2::prefix_decode},
+      {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
+       multi_lora_in_bf16},
+      {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
+       avx512::multi_lora},
+      {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
+       avx2::multi_lora},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
-       portable::prefix_decode}};
+       portable::prefix_decode, portable::multi_lora}};
 #else
-  static const Level all[] = {
-      {"portable", true, portable::adapters, portable::decode, portable::dropout,
-       portable::prefix_decode}};
+  static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
+                               portable::dropout, portable::prefix_decode, portable::multi_lora}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -78,6 +84,19 @@ const Level& level() {
 
 void check(bool ok, const char* what, int64_t got) {
   if (!ok) throw std::invalid_argument(std::string(what) + ", got " + std::to_string(got));
+}
+
+// As check_slots of pyext/ops/slots.py; size: [count, parts].
+void check_slots(const int32_t* slots, int64_t m, const int32_t* size, int64_t count, int64_t parts) {
+  for (int64_t i = 0; i < m; ++i)
+    if (slots[i] < -1 || slots[i] >= count)
+      throw std::invalid_argument("slots: expected -1 (no adapter) or 0.." +
+                                  std::to_string(count - 1) + ", got " + std::to_string(slots[i]));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t part = 0; slots[i] >= 0 && part < parts; ++part)
+      if (size[slots[i] * parts + part] < 0)
+        throw std::invalid_argument("slots: slot " + std::to_string(slots[i]) +
+                                    " holds no adapter; load one into it first");
 }
 
 }  // namespace
@@ -128,15 +147,7 @@ void adapter_decode(Adapters a) {
         a.activation);
   check(a.m >= 0, "m: expected >= 0", a.m);
   check(a.d >= 0, "d: expected >= 0", a.d);
-  for (int64_t i = 0; i < a.m && a.slots; ++i)
-    if (a.slots[i] < -1 || a.slots[i] >= a.count)
-      throw std::invalid_argument("slots: expected -1 (no adapter) or 0.." +
-                                  std::to_string(a.count - 1) + ", got " +
-                                  std::to_string(a.slots[i]));
-  for (int64_t i = 0; i < a.m && a.slots; ++i)
-    if (a.slots[i] >= 0 && a.size[a.slots[i]] < 0)
-      throw std::invalid_argument("slots: slot " + std::to_string(a.slots[i]) +
-                                  " holds no adapter; load one into it first");
+  if (a.slots) check_slots(a.slots, a.m, a.size, a.count, 1);
   const int64_t bytes = a.dtype == kFloat32 ? 4 : 2;
   for (int64_t left = a.d > 0 ? a.m : 0; left > 0; left -= kMaxTokens) {
     a.m = left < kMaxTokens ? left : kMaxTokens;
@@ -145,6 +156,70 @@ void adapter_decode(Adapters a) {
     if (a.residual) a.residual = static_cast<const char*>(a.residual) + a.m * a.sr * bytes;
     a.y = static_cast<char*>(a.y) + a.m * a.sy * bytes;
     if (a.slots) a.slots += a.m;
+  }
+}
+
+void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,
+                const LoraSlots& pool, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw,
+                int64_t sy, int dtype, int adapter_dtype) {
+  check(dtype >= kFloat32 && dtype <= kFloat16, "dtype: expected 0, 1 or 2", dtype);
+  check(adapter_dtype == dtype || adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", adapter_dtype);
+  check(m >= 0, "m: expected >= 0", m);
+  check(k >= 0, "k: expected >= 0", k);
+  check(n >= 0, "n: expected >= 0", n);
+  check(pool.max_rank >= 1 && pool.max_rank % kRankStep == 0, "max_rank: expected a multiple of 8",
+        pool.max_rank);
+  const int64_t rows = std::accumulate(pool.sizes, pool.sizes + pool.parts, int64_t{0});
+  check(rows == n, "sizes: expected a sum of n", rows);
+  check_slots(slots, m, pool.rank, pool.count, pool.parts);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t part = 0; slots[i] >= 0 && part < pool.parts; ++part) {
+      const int64_t rank = pool.rank[slots[i] * pool.parts + part];
+      check(rank <= pool.max_rank, "rank: expected <= max_rank", rank);
+    }
+  const int64_t bytes = dtype == kFloat32 ? 4 : 2, adapter_bytes = adapter_dtype == kFloat32 ? 4 : 2;
+  constexpr int64_t most = kMaxTokens, at_once = 16;
+  int order[most];
+  Batch batches[most / at_once];
+  std::vector<LoraPart> parts;
+  for (int64_t done = 0; done < m && n > 0; done += most) {
+    const int64_t tokens = std::min(m - done, most), count = (tokens + at_once - 1) / at_once;
+    const int32_t* slot = slots + done;
+    std::iota(order, order + tokens, 0);
+    std::sort(order, order + tokens,
+              [&](int i, int j) { return slot[i] < slot[j] || (slot[i] == slot[j] && i < j); });
+    parts.clear();
+    int64_t floats = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      Batch& batch = batches[i];
+      batch = {static_cast<int>(tokens * i / count), static_cast<int>(tokens * (i + 1) / count),
+               static_cast<int64_t>(parts.size()), 0};
+      for (int begin = batch.begin, end; begin < batch.end; begin = end) {
+        const int64_t s = slot[order[begin]];
+        for (end = begin + 1; end < batch.end && slot[order[end]] == s;) ++end;
+        int64_t first = 0;
+        for (int64_t part = 0; s >= 0 && part < pool.parts; first += pool.sizes[part++]) {
+          const int64_t rank = pool.rank[s * pool.parts + part];
+          if (rank == 0) continue;
+          const int64_t sb = (rank + kRankStep - 1) / kRankStep * kRankStep;
+          const int64_t stride = (rank + 15) / 16 * 16;  // whole vectors of every width
+          parts.push_back(
+              {static_cast<const char*>(pool.a) +
+                   (s * pool.a_slot + part * pool.max_rank * pool.a_row) * adapter_bytes,
+               static_cast<const char*>(pool.b) +
+                   (s * pool.b_slot + first * pool.max_rank) * adapter_bytes,
+               rank, first, pool.sizes[part], sb, floats, stride,
+               pool.scale[s * pool.parts + part], begin, end});
+          floats += (end - begin) * stride;
+        }
+      }
+      batch.last_part = static_cast<int64_t>(parts.size());
+    }
+    level().multi_lora({static_cast<const char*>(x) + done * sx * bytes, w, bias,
+                        static_cast<char*>(y) + done * sy * bytes, tokens, k, n, sx, sw, sy,
+                        pool.a_row, order, parts.data(), batches,
+                        static_cast<int64_t>(parts.size()), count, floats, dtype, adapter_dtype});
   }
 }
 

@@ -14,6 +14,31 @@ struct Decode {
   int dtype, adapter_dtype;
 };
 
+// An adapter of rank > 0 beside the tokens of a batch that name its slot, of one part of N.
+struct LoraPart {
+  const void *a, *b;
+  int64_t rank, first, rows;  // of W: the part is first..first + rows
+  int64_t sb;                 // between rows of B; its columns from `rank` on are zeros
+  int64_t s, stride;          // S in the call's scratch, the distance of its tokens; in floats
+  float scale;
+  int begin, end;  // tokens
+};
+struct Batch {
+  int begin, end;                  // tokens
+  int64_t first_part, last_part;
+};
+struct MultiLora {
+  const void *x, *w, *bias;
+  void* y;
+  int64_t m, k, n;
+  int64_t sx, sw, sy, sa;
+  const int* order;  // rows of x and y by their slots: the tokens
+  const LoraPart* parts;
+  const Batch* batches;  // of at most 16 tokens
+  int64_t part_count, batch_count, s_size;
+  int dtype, adapter_dtype;
+};
+
 struct Dropout {
   const void* x;
   void* out;
@@ -23,7 +48,7 @@ struct Dropout {
   int dtype;
 };
 
-constexpr int64_t kMaxTokens = 64;  // of one call of `adapters`
+constexpr int64_t kMaxTokens = 64;  // of one call
 constexpr int64_t kRankStep = 8;    // pyext/ops/slots.py
 struct PrefixItem {  // queries of `count` requests against keys begin..end that all of them see
   int64_t slot;      // whose prefix; -1: the keys of members[0] itself
@@ -54,6 +79,7 @@ struct PrefixDecode {
 namespace portable {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
+void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
 }  // namespace portable
@@ -61,18 +87,21 @@ void prefix_decode(const PrefixDecode& d);
 namespace avx2 {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
+void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
 void decode(const Decode& d);
+void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
 }  // namespace avx512
 namespace avx512_bf16 {
 void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's
 void decode(const Decode& d);  // in bf16; the rest is avx512's
+void multi_lora(const MultiLora& d);
 }  // namespace avx512_bf16
 #endif
 

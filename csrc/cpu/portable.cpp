@@ -31,6 +31,7 @@ inline F half(const Float16* p) {
 #include "adapter_decode.h"
 #include "decode.h"
 #include "dropout.h"
+#include "multi_lora.h"
 #include "prefix_decode.h"
 
 namespace fusedpeft::cpu::portable {
@@ -39,5 +40,6 @@ void adapters(const Adapters& a) { adapters_any(a); }
 void decode(const Decode& d) { decode_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
+void multi_lora(const MultiLora& d) { multi_any(d); }
 
 }  // namespace fusedpeft::cpu::portable

@@ -32,6 +32,25 @@ FUSEDPEFT_INLINE float sum(F v) {
   return v[0];
 }
 
+// Lane i: the sum over v[i]'s lanes, in a third of the steps that kWidth times sum() takes.
+template <int half = kWidth / 2>
+FUSEDPEFT_INLINE F sums(F (&v)[kWidth]) {
+  U keep, give;  // of a pair of vectors: one's lanes where lane & half is 0, else the other's
+  for (uint32_t i = 0; i < kWidth; ++i) {
+    const uint32_t other = i & half ? kWidth : 0;
+    keep[i] = other + i;
+    give[i] = other + (i ^ half);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i)
+    v[i] = __builtin_shuffle(v[i], v[i + half], keep) + __builtin_shuffle(v[i], v[i + half], give);
+  if constexpr (half > 1) {
+    return sums<half / 2>(v);
+  } else {
+    return v[0];
+  }
+}
+
 // A few bytes, an even number. The barriers: else the compiler calls memcpy, which takes longer.
 FUSEDPEFT_INLINE void copy(void* to, const void* from, int64_t bytes) {
   auto* t = static_cast<char*>(to);
@@ -188,6 +207,8 @@ struct Tokens {
   typename P::Packed* x;
   int64_t m, k, stride;
 
+  Tokens from(int64_t token) const { return {x + token * stride, m - token, k, stride}; }
+
   // Elements begin..end (begin: a multiple of the block) of a token, from T: as they are where T is
   // P's, else each converted.
   template <class T>
@@ -203,6 +224,38 @@ struct Tokens {
     } else {
       for (; i < end; ++i) to[i] = to_float(from[i]);
       for (; i % P::kBlock; ++i) to[i] = 0;
+    }
+  }
+};
+
+// x for products with W and for products with A, which may be of another type.
+template <class T, class PW, class PA>
+struct Packings {
+  static constexpr bool kOne = __is_same(PW, PA);
+  static constexpr int64_t kBlocks = 4 * kWidth;  // a multiple of every kBlock
+  static constexpr int64_t kPiece = 1024;         // elements that a thread packs at a time
+
+  Tokens<PW> w;
+  Tokens<PA> a;
+
+  // A line more than needed: rows a power of two apart would fall into the same sets of the L1.
+  static int64_t stride(int64_t k) { return round_up(k, kBlocks) + kLine / 4; }
+  static int64_t floats(int64_t m, int64_t k) { return (kOne ? 1 : 2) * m * stride(k); }
+
+  Packings(float* memory, int64_t m, int64_t k)
+      : w{reinterpret_cast<typename PW::Packed*>(memory), m, k, stride(k)},
+        a{reinterpret_cast<typename PA::Packed*>(memory + (kOne ? 0 : m * stride(k))), m, k,
+          stride(k)} {}
+
+  // A thread's share. from(m): where token m lies.
+  template <class From>
+  void pack(int64_t thread, int64_t team, From from) const {
+    const int64_t pieces = ceil_div(w.k, kPiece), all = w.m * pieces;
+    for (int64_t i = all * thread / team; i < all * (thread + 1) / team; ++i) {
+      const int64_t token = i / pieces, begin = i % pieces * kPiece;
+      const int64_t end = min_of(begin + kPiece, w.k);
+      w.pack(token, from(token), begin, end);
+      if constexpr (!kOne) a.pack(token, from(token), begin, end);
     }
   }
 };
@@ -226,6 +279,40 @@ FUSEDPEFT_INLINE void dot_rows(F* acc, bool fresh, const typename P::Element* w,
         (large ? dot<P, 1, G> : dot<P, 1, L>)(acc + n * kTokens + first, fresh, w + n * sw, sw,
                                               tokens, x.stride, x.k, {nullptr, x.k + 1});
     }
+  }
+}
+
+template <class P>
+using Dot = void (*)(F*, bool, const typename P::Element*, int64_t, const typename P::Packed*,
+                     int64_t, int64_t, Ahead);
+
+template <class P, int MT, int NR>
+Dot<P> dot_of(int rows) {
+  if constexpr (NR > 1) {
+    if (rows < NR) return dot_of<P, MT, NR - 1>(rows);
+  }
+  return dot<P, NR, MT>;
+}
+
+template <class P, int MT = kGroup>
+Dot<P> dot_of(int rows, int tokens) {
+  if constexpr (MT > 1) {
+    if (tokens < MT) return dot_of<P, MT - 1>(rows, tokens);
+  }
+  return dot_of<P, MT, rows_for(MT)>(rows);
+}
+
+// As dot_rows, for groups of a size that is known only now and at most rows_for(it) rows. next: as
+// many rows, fetched meanwhile; or null.
+template <class P>
+void dot_groups(F* acc, bool fresh, const typename P::Element* w, int64_t sw, int64_t rows,
+                const Tokens<P>& x, const Groups& groups, const typename P::Element* next) {
+  for (int g = 0; g < groups.count; ++g) {
+    const int first = groups.begin(g), tokens = groups.size - (g < groups.larger ? 0 : 1);
+    const Ahead ahead = {reinterpret_cast<const char*>(next ? next + x.k / groups.count * g : next),
+                         next ? groups.count * kStep<P> / static_cast<int64_t>(sizeof *w) : x.k + 1};
+    dot_of<P>(static_cast<int>(rows), tokens)(acc + first, fresh, w, sw, x.x + first * x.stride,
+                                              x.stride, x.k, ahead);
   }
 }
 

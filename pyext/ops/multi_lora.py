@@ -16,11 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.lora_check import PLAIN
-from fusedpeft.ops.multi_lora_cpu import aten_fwd
+from fusedpeft.ops.multi_lora_cpu import (
+    MAX_NATIVE_TOKENS,
+    aten_fwd,
+    check_native,
+    is_sound,
+    native_fwd,
+    native_ok,
+)
+from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import RANK_STEP, LoRASlots, check_slots
 
 MAX_CUDA_TOKENS = 64  # rows that the CUDA kernel takes; beyond, the Triton one
-IMPLS = ("aten", "cuda", "triton")
+IMPLS = ("native", "aten", "cuda", "triton")
 
 
 def multi_lora_linear_ref(
@@ -39,21 +47,28 @@ def multi_lora_linear_ref(
 
 
 def choose_impl(
-    device_type: str, tokens: int, cuda: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[str, str]:
+    device_type: str, tokens: int, native_ok: bool = True, cuda_kernel: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, str]:  # fmt: skip
     """(implementation, why) that `multi_lora_linear` takes by itself. Pure; `doctor` prints it.
 
-    cuda: fusedpeft._C has the CUDA kernel.
+    native_ok: the C++ kernel takes these tensors; cuda_kernel: fusedpeft._C has the CUDA one.
     """
-    if device_type != "cuda":
-        return "aten", "slot by slot, the rows that share one together"
-    if dtype == torch.float64:
+    if device_type == "cuda" and dtype == torch.float64:
         return "aten", "the kernels sum in fp32: fp64 takes ATen"
-    if tokens <= MAX_CUDA_TOKENS and cuda:
-        return "cuda", f"at most {MAX_CUDA_TOKENS} tokens: one launch with the base"
-    if tokens <= MAX_CUDA_TOKENS:
+    if device_type == "cuda" and tokens > MAX_CUDA_TOKENS:
+        return "triton", f"more than {MAX_CUDA_TOKENS} tokens: grouped by slot"
+    if device_type == "cuda" and not cuda_kernel:
         return "triton", "fusedpeft._C was built without the CUDA kernel"
-    return "triton", f"more than {MAX_CUDA_TOKENS} tokens: grouped by slot"
+    if device_type == "cuda":
+        return "cuda", f"at most {MAX_CUDA_TOKENS} tokens: one launch with the base"
+    if device_type != "cpu":
+        return "aten", f"no kernel of ours for device '{device_type}'"
+    if tokens > MAX_NATIVE_TOKENS:
+        return "aten", f"more than {MAX_NATIVE_TOKENS} tokens: ATen's GEMM is ahead"
+    if not native_ok:
+        return "aten", "dtypes or strides that the C++ kernel does not take"
+    return "native", f"at most {MAX_NATIVE_TOKENS} tokens: one C++ pass over W"
 
 
 # --- custom op ----------------------------------------------------------------------------------
@@ -78,7 +93,12 @@ def _kernel(module: str, name: str):
 def _forward(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias, impl: str) -> Tensor:
     """x [M, K]. The values of `slots` are looked at here, where they are there under a compiler."""
     check_slots(slots, x.shape[0], pool.rank)
-    impl = impl or choose_impl(x.device.type, x.shape[0], dtype=x.dtype)[0]
+    if impl == "":
+        cuda_kernel, ok = hasattr(native, "multi_lora_cuda"), native_ok(x, w)
+        impl = choose_impl(x.device.type, x.shape[0], ok, cuda_kernel, x.dtype)[0]
+    if impl == "native":
+        check_native(x, w)
+        return native_fwd(x, w, pool, slots, bias)
     if impl == "cuda":
         if x.shape[0] > MAX_CUDA_TOKENS:
             raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {x.shape[0]}")
@@ -183,20 +203,21 @@ def multi_lora_linear(
     graph replays after slots were rewritten. A row that names no adapter's slot (out of range, or
     free) comes back as NaN there, under FUSEDPEFT_DEBUG=1 and on a CPU it is an error.
 
-    impl: None chooses by device and rows (`fusedpeft doctor` shows it); "cuda" (at most 64 rows),
-    "triton", "aten" force one. Raises TypeError or ValueError with the expected and the given value
-    before anything is launched.
+    impl: None chooses by device and rows (`fusedpeft doctor` shows it); "native" (C++ on a CPU) and
+    "cuda", of at most 64 rows, "triton", "aten" force one. Raises TypeError or ValueError with the
+    expected and the given value before anything is launched.
     """
     device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, w, bias = (None if t is None else t.to(dtype) for t in (x, w, bias))
+    compiling = torch.compiler.is_compiling()
+    if impl is None and not compiling and is_sound(x, w, pool, slots, bias):
+        if slots.shape[0] <= MAX_NATIVE_TOKENS and native_ok(x, w):
+            return native_fwd(x, w, pool, slots, bias)
     _check(x, w, pool, bias, impl)
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if (
-        all(type(t) in PLAIN for t in (x, w, *pool[:4], slots))
-        and not torch.compiler.is_compiling()
-    ):
+    if not compiling and all(type(t) in PLAIN for t in (x, w, *pool[:4], slots)):
         y = _forward(x2, w, pool, slots, bias, impl or "")
     else:
         args = (x2, w, *pool[:4], slots, bias, pool.sizes, impl or "")

@@ -1,4 +1,4 @@
-"""Many LoRA adapters in one batch, by ATen: any number of rows. See multi_lora.py."""
+"""Many LoRA adapters in one batch: ATen for any rows, C++ for decode. See multi_lora.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.lora_check import PLAIN
 from fusedpeft.ops.lora_cpu import wide, widens
+from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import LoRASlots, check_slots
+
+MAX_NATIVE_TOKENS = 64  # rows that the C++ kernel takes; beyond, the GEMM of ATen is ahead
 
 
 def aten_fwd(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None) -> Tensor:
@@ -31,4 +35,99 @@ def aten_fwd(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor 
             update = F.linear(F.linear(own, a.to(dtype)), b.to(dtype)).mul_(scale)
             y[rows, at : at + n] += update.to(y.dtype)
             at += n
+    return y
+
+
+# --- C++ decode ---------------------------------------------------------------------------------
+
+
+def native_ok(x: Tensor, w: Tensor) -> bool:
+    """Of what `multi_lora_linear` has checked."""
+    return (
+        native is not None
+        and x.dtype in DTYPE_CODES
+        and (x.is_contiguous() or (x.ndim == 2 and x.stride()[1] == 1))
+        and w.stride()[1] == 1
+    )
+
+
+def check_native(x: Tensor, w: Tensor) -> None:
+    if x.shape[0] > MAX_NATIVE_TOKENS:
+        raise ValueError(f"impl='native': expected <= {MAX_NATIVE_TOKENS} rows, got {x.shape[0]}")
+    if not (x.is_cpu and native_ok(x, w)):
+        raise ValueError(
+            "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides, "
+            f"got {x.dtype} on {x.device}"
+        )
+
+
+def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None) -> bool:
+    """Whether plain CPU tensors would pass the checks, but for the values of `slots`, which C++
+    reads: in 3 us instead of 10, as each linear of a decoded token asks it.
+
+    False may also mean that it takes the long list to know.
+    """
+    if type(pool) is not LoRASlots or not (type(x) in PLAIN and type(w) in PLAIN):
+        return False
+    a, b, rank, scale, sizes = pool
+    parts = len(sizes)
+    try:
+        (n, k), (count, rows, ak), (bs, bn) = w.shape, a.shape, b.shape
+    except ValueError:
+        return False
+    return (
+        parts > 0
+        and k > 0
+        and x.ndim > 0
+        and x.shape[-1] == k == ak
+        and sum(sizes) == n
+        and rows > 0
+        and rows % (8 * parts) == 0
+        and bs == count
+        and bn * parts == n * rows
+        and rank.shape == (count, parts) == scale.shape
+        and type(slots) is Tensor
+        and slots.ndim == 1
+        and slots.shape[0] * k == x.numel()
+        and x.dtype in DTYPE_CODES
+        and x.dtype == w.dtype
+        and not (torch.is_grad_enabled() and _learns(x, w, a, b, bias))
+        and a.dtype == b.dtype
+        and (a.dtype == x.dtype or a.dtype == torch.float32)
+        and rank.dtype == slots.dtype == torch.int32
+        and scale.dtype == torch.float32
+        and (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
+        and (rank.is_cpu and scale.is_cpu and slots.is_cpu)
+        and a.stride()[2] == 1
+        and b.stride()[1] == 1
+        and rank.is_contiguous()
+        and scale.is_contiguous()
+        and (
+            bias is None
+            or (type(bias) in PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
+            and bias.is_cpu
+        )
+    )
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def native_fwd(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias) -> Tensor:
+    """x [M, K], or contiguous [*, K]. Raises ValueError for a slot that is not there or free."""
+    a, b, rank, scale, sizes = pool
+    (n, k), m = w.shape, slots.shape[0]
+    y = x.new_empty(m, n) if x.ndim == 2 else x.new_empty(*x.shape[:-1], n)
+    # Named: they must outlive the call.
+    bias = None if bias is None else bias.contiguous()
+    slots = slots.contiguous()
+    a_slot, a_row, _ = a.stride()
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
+    native.multi_lora(
+        x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        slots.data_ptr(), a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(), sizes,
+        a.shape[0], a.shape[1] // len(sizes), m, k, n, x.stride()[0] if x.ndim == 2 else k,
+        w.stride()[0], n, a_slot, a_row, b.stride()[0], DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
+    )  # fmt: skip
     return y

@@ -26,7 +26,7 @@ void adapt(int64_t m, int64_t d, int norm, int activation, int dtype, int adapte
                   norm ? w.bytes.get() : nullptr, norm == kLayerNorm ? b.bytes.get() : nullptr, 3,
                   m, d, x.stride, base.stride, y.stride, d, 0, down.stride, c.stride, up.stride,
                   e.stride, w.stride, b.stride, eps, norm, activation, dtype, adapter});
-  const double step = dtype == kFloat32 ? 1e-6 : dtype == kBFloat16 ? 1.0 / 256 : 1.0 / 2048;
+  const double step = step_of(dtype);
   for (int64_t i = 0; i < m; ++i) {
     const int s = slots[i], n = s < 0 ? 0 : size[s];
     double mean = 0, square = 0;

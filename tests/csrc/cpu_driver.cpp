@@ -1,83 +1,14 @@
 // Ragged shapes through csrc/cpu against sums in double, for AddressSanitizer and UBSan.
-//
-// Every matrix lies at the very end of an allocation of its own, so that a read beyond the last row
-// is seen; the gaps between rows hold NaN, so that a read beyond any other is seen in y.
-#include "cpu/cpu.h"
-
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <exception>
-#include <memory>
-#include <random>
 #include <string>
 #include <vector>
+
+#include "cpu_matrix.h"
 
 using namespace fusedpeft::cpu;
 
 namespace {
-
-float to_float(const unsigned char* p, int dtype) {
-  if (dtype == kFloat32) {
-    float v;
-    std::memcpy(&v, p, 4);
-    return v;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, p, 2);
-  if (dtype == kBFloat16) {
-    const uint32_t wide = uint32_t{bits} << 16;
-    float v;
-    std::memcpy(&v, &wide, 4);
-    return v;
-  }
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                     : std::ldexp(1024.0f + fraction, exponent - 25);
-  return bits >> 15 ? -size : size;
-}
-
-uint16_t half_of_eighths(int eighths) {
-  const unsigned size = static_cast<unsigned>(std::abs(eighths));
-  if (size == 0) return 0;
-  const int top = 31 - __builtin_clz(size);
-  return static_cast<uint16_t>((eighths < 0 ? 0x8000 : 0) | (top + 12) << 10 |
-                               (size << (10 - top) & 1023));
-}
-
-struct Matrix {
-  int64_t rows, cols, stride;
-  int dtype;
-  std::unique_ptr<unsigned char[]> bytes;
-
-  Matrix(int64_t rows, int64_t cols, int64_t gap, int dtype)
-      : rows(rows), cols(cols), stride(cols + gap), dtype(dtype),
-        bytes(new unsigned char[static_cast<size_t>(rows ? (rows - 1) * stride + cols : 0) * size()]) {}
-  int size() const { return dtype == kFloat32 ? 4 : 2; }
-  unsigned char* at(int64_t i, int64_t j) const { return bytes.get() + (i * stride + j) * size(); }
-  double operator()(int64_t i, int64_t j) const { return to_float(at(i, j), dtype); }
-
-  void fill(std::mt19937& random) {
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < (i + 1 < rows ? stride : cols); ++j) {
-        // Eighths in [-2, 2] are exact in every dtype.
-        const int eighths = static_cast<int>(random() % 33) - 16;
-        const float v = j < cols ? static_cast<float>(eighths) / 8 : NAN;
-        uint32_t word;
-        std::memcpy(&word, &v, 4);
-        const uint16_t half = dtype == kBFloat16 ? static_cast<uint16_t>(word >> 16)
-                              : j < cols         ? half_of_eighths(eighths)
-                                                 : 0x7fff;
-        if (size() == 4) std::memcpy(at(i, j), &word, 4);
-        if (size() == 2) std::memcpy(at(i, j), &half, 2);
-      }
-  }
-};
-
-int failures = 0;
 
 void decode(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, int adapter, bool bias, int gap) {
   std::mt19937 random(static_cast<unsigned>(m * 31 + k * 7 + n * 3 + r));
@@ -87,7 +18,7 @@ void decode(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, int adapter, 
   lora_decode(x.bytes.get(), w.bytes.get(), a.bytes.get(), b.bytes.get(),
               bias ? c.bytes.get() : nullptr, y.bytes.get(), m, k, n, r, x.stride, w.stride,
               a.stride, b.stride, y.stride, 0.25, dtype, adapter);
-  const double step = dtype == kFloat32 ? 1e-6 : dtype == kBFloat16 ? 1.0 / 256 : 1.0 / 2048;
+  const double step = step_of(dtype);
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
       double want = bias ? c(0, j) : 0.0, size = std::fabs(want);
@@ -155,6 +86,7 @@ int main() {
     drop(0, 5, dtype, 0), drop(1, 1, dtype, 0), drop(3, 63, dtype, 1), drop(40, 1000, dtype, 3);
     drop(2, 64, dtype, 0);
   }
+  multi_lora_checks();
   if (!refuses(-1, 1, 0, 0) || !refuses(1, 0, 0, 0) || !refuses(1, 1, 3, 3) || !refuses(1, 1, 1, 2))
     ++failures, std::puts("bad arguments were taken");
   prefixes();

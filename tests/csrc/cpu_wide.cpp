@@ -23,6 +23,7 @@ F half(const Float16* p);
 #include "cpu/adapter_decode.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
+#include "cpu/multi_lora.h"
 #include "cpu/prefix_decode.h"
 
 namespace fusedpeft::cpu {
@@ -73,6 +74,11 @@ void decode(const Decode& d) {
 }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
+void multi_lora(const MultiLora& d) {
+  if (d.dtype != kBFloat16) return multi_any(d);
+  if (d.adapter_dtype == kBFloat16) return MultiCall<BFloat16, BFloat16, Pairs, Pairs>(d).run();
+  return MultiCall<BFloat16, float, Pairs, Wide<float>>(d).run();
+}
 
 }  // namespace portable
 }  // namespace fusedpeft::cpu

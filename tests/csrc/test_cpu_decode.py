@@ -60,7 +60,8 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         assert done.returncode == 0, done.stderr[-4000:]
         return made
 
-    sources = [*(CSRC / "cpu").glob("*.cpp"), here / "cpu_wide.cpp", here / "cpu_driver.cpp"]
+    own = (here / f"{name}.cpp" for name in ("cpu_wide", "cpu_driver", "cpu_multi_lora"))
+    sources = [*(CSRC / "cpu").glob("*.cpp"), *own]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {made.stem: made for made in pool.map(compile_one, sources)}
     for name, left_out in (("driver", "cpu_wide"), ("wide", "portable")):

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 from fusedpeft import ops
 from fusedpeft.ops.lora import lora_linear_ref
 from fusedpeft.ops.multi_lora import choose_impl
+from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import empty_lora_slots, lora_slots
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-IMPLS = ["aten"]
+needs_native = pytest.mark.skipif(native is None, reason="the extension is not built")
+IMPLS = ["aten", pytest.param("native", marks=needs_native)]
 RANKS = ((8,), (1,), (64,), (12,), (0,))  # of each slot, of each part
 
 
@@ -204,8 +206,10 @@ def test_an_empty_batch():
 
 def test_the_choice_of_implementation():
     assert choose_impl("cpu", 65)[0] == "aten"
+    assert choose_impl("cpu", 64)[0] == "native"
+    assert choose_impl("cpu", 64, native_ok=False)[0] == "aten"
     assert choose_impl("cuda", 64)[0] == "cuda"
-    assert choose_impl("cuda", 64, cuda=False)[0] == "triton"
+    assert choose_impl("cuda", 64, cuda_kernel=False)[0] == "triton"
     assert choose_impl("cuda", 65)[0] == "triton"
     assert choose_impl("cuda", 1, dtype=torch.float64)[0] == "aten"
     assert choose_impl("meta", 1)[0] == "aten"
