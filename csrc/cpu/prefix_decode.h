@@ -196,6 +196,18 @@ struct Attend {
     return static_cast<const E*>(keys.data) + outer * keys.outer + h * keys.head + j * keys.token;
   }
 
+  // Keys begin..end of a request, of which the chip guesses those of one block at most.
+  void fetch(const PrefixItem& item, int64_t h, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; ++j) {
+      const char *k = reinterpret_cast<const char*>(row(d.k, item, h, j)),
+                 *v = reinterpret_cast<const char*>(row(d.v, item, h, j));
+      for (int64_t byte = 0; byte < d.d * static_cast<int64_t>(sizeof(E)); byte += kLine) {
+        __builtin_prefetch(k + byte, 0, 2);
+        __builtin_prefetch(v + byte, 0, 2);
+      }
+    }
+  }
+
   void attend(const PrefixItem& item, int64_t h, const Room& room) const {
     const Tokens<Wide<E>> q = {room.q, d.most, d.d, padded}, k = {room.keys, kTile, d.d, padded},
                           v = {room.values, kTile, d.d, padded};
@@ -213,7 +225,10 @@ struct Attend {
     const bool gather = d.d != padded || (sizeof(E) == 2 && item.count * d.rows > 1);
     for (int64_t begin = item.begin, keys; begin < item.end; begin += keys) {
       keys = min_of(kTile, item.end - begin);
-      if (item.slot < 0 && d.table && !gather) keys = min_of(keys, d.block - begin % d.block);
+      if (item.slot < 0 && d.table) {
+        if (!gather) keys = min_of(keys, d.block - begin % d.block);
+        fetch(item, h, begin + keys, min_of(begin + 2 * keys, item.end));
+      }
       if (!gather && keys % kWidth == 0) {
         tile(room, item, h, row(ks, item, h, begin), ks.token, row(vs, item, h, begin), vs.token,
              begin, keys);
