@@ -111,6 +111,7 @@ for _op, _what in (
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
+    ("multi_lora", "ops.multi_lora_linear against PEFT's mixed batch and the frozen linear."),
     ("soft_prompt", "ops.soft_prompt_embedding against concatenation and torch.compile."),
     ("pro_step", "A whole step of PRO on a LoRA model against PEFT with the eager loss."),
 ):

@@ -24,6 +24,7 @@ OPS = {
     "prefix_decode": "fusedpeft.bench.bench_prefix_decode",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
     "soft_prompt": "fusedpeft.bench.bench_soft_prompt",
+    "multi_lora": "fusedpeft.bench.bench_multi_lora",
     "multi_lora_model": "fusedpeft.bench.bench_multi_lora_model",
     "pro_step": "fusedpeft.bench.bench_pro_step",
 }

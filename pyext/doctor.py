@@ -15,6 +15,8 @@ from fusedpeft.ops import adapter
 from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.lora_quantised import choose_impl as choose_quantised_impl
+from fusedpeft.ops.multi_lora import MAX_CUDA_TOKENS
+from fusedpeft.ops.multi_lora import choose_impl as choose_multi_impl
 from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl as choose_prefix_impl
 from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_prefix_decode_impl
@@ -82,6 +84,11 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         for op in ("lora_linear", "lora_linear_multi"):
             found.append({"op": op, "case": label, "impl": impl, "why": why})
     for device in ("cpu", "cuda"):
+        for tokens, label in ((MAX_CUDA_TOKENS, "1-64 tokens"), (MAX_CUDA_TOKENS + 1, "more")):
+            has = hasattr(native, "multi_lora_cuda")
+            impl, why = choose_multi_impl(device, tokens, native is not None, has)
+            case = f"{device.upper()}, {label}"
+            found.append({"op": "multi_lora_linear", "case": case, "impl": impl, "why": why})
         impl, why = choose_quantised_impl(device)
         label = f"{device.upper()}, W in NF4 or FP8"
         found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})

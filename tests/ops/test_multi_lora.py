@@ -135,6 +135,28 @@ def test_a_slot_is_replaced_and_evicted_without_a_trace():
     torch.testing.assert_close(ops.multi_lora_linear(x[1:], w, pool, slots[1:], bias), base[1:])
 
 
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_depend_on_neither_neighbours_nor_threads(dtype):
+    x, w, pool, slots, bias = make(37, 700, (90, 31), ((8, 3), (12, 0), (17, 24)), dtype)
+    want = ops.multi_lora_linear(x, w, pool, slots, bias, impl="native")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for rows in (
+                [5],
+                [30, 2],
+                [*range(36, -1, -1)],
+                [7, 7, 7, 7, 7],
+                [0, 9, 18, 27, 36, 1],
+            ):
+                got = ops.multi_lora_linear(x[rows], w, pool, slots[rows], bias, impl="native")
+                assert torch.equal(got, want[rows]), (count, rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_gradients_are_refused():
     x, w, pool, slots, bias = make(3, 16, (8,), ((4,),))
     with pytest.raises(ValueError, match="without gradients.*no_grad"):

@@ -1,0 +1,138 @@
+"""Bench of `ops.multi_lora_linear`.
+
+    fusedpeft bench multi_lora --device cpu --json FILE
+
+Each token has an adapter of its own, of rank 8, 16 and 64 in turn. `peft` is PEFT's mixed batch
+(`adapter_names`) over the same tensors, `aten` our path slot by slot. The floor is the frozen
+linear, which answers to its own reference.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedpeft.bench.harness import Call, Case, Expected, Impl, cold_sets
+from fusedpeft.ops import multi_lora_linear, multi_lora_linear_ref
+from fusedpeft.ops.slots import LoRASlots, lora_slots
+
+__all__ = ["ALL", "FLOOR", "Spec", "build", "specs"]  # what run.py takes from a bench
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FLOOR = "frozen"
+ALL = ("fusedpeft", "aten", "peft", FLOOR)
+RANKS = (16, 8, 64)
+SCALE = 2.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    m: int
+    k: int
+    n: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return f"fwd {self.k}->{self.n} M{self.m} R8/16/64"
+
+    @property
+    def label(self) -> str:
+        """What `--case` is matched against."""
+        return f"{self.name} {({BF16: 'bf16', FP32: 'fp32'})[self.dtype]}"
+
+    @property
+    def ranks(self) -> list[int]:
+        return [RANKS[i % len(RANKS)] for i in range(self.m)]
+
+
+def specs(device: torch.device, full: bool) -> list[Spec]:
+    cuda = device.type == "cuda"
+    shapes = [(4096, 4096), (4096, 14336)] if cuda else [(2048, 2048), (4096, 1024)]
+    tokens = (1, 8, 32, 64) if cuda else (1, 4, 8, 16)
+    tokens += (2, 48, 128) if full else ()
+    dtypes = (BF16,) if cuda else (FP32, BF16)
+    return [Spec(m, *s, dtype) for dtype in dtypes for s in shapes for m in tokens]
+
+
+def _peft(x: Tensor, w: Tensor, pool: LoRASlots) -> Call:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        base = torch.nn.Sequential()
+        base.add_module("proj", torch.nn.Linear(w.shape[1], w.shape[0], bias=False, dtype=w.dtype))
+    base.proj.weight = torch.nn.Parameter(w, requires_grad=False)
+    names = [f"a{i}" for i in range(len(x))]
+    model = None
+    for i, name in enumerate(names):
+        ((a, b, scale),) = pool.get(i)
+        config = LoraConfig(r=len(a), lora_alpha=scale * len(a), target_modules=["proj"])
+        if model is None:
+            model = get_peft_model(base, config, name, autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(name, config)
+        proj = model.base_model.model.proj
+        proj.lora_A[name].weight = torch.nn.Parameter(a.contiguous(), requires_grad=False)
+        proj.lora_B[name].weight = torch.nn.Parameter(b.contiguous(), requires_grad=False)
+    proj.eval()
+    return lambda: proj(x, adapter_names=names)
+
+
+def _work(spec: Spec, ranks: list[int]) -> tuple[float, float]:
+    """(FLOPs, bytes) needed at least; no ranks: the frozen linear."""
+    m, k, n, r = spec.m, spec.k, spec.n, sum(ranks)
+    return 2.0 * (m * n * k + r * (k + n)), float(
+        (n * k + r * (k + n) + m * (k + n)) * spec.dtype.itemsize
+    )
+
+
+def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm: bool) -> Case:
+    """One shape with its contestants."""
+    gen = torch.Generator(device=device).manual_seed(spec.m + spec.k)
+
+    def draw(rows: int, cols: int, std: float) -> Tensor:
+        return (torch.randn(rows, cols, generator=gen, device=device) * std).to(spec.dtype)
+
+    k, n = spec.k, spec.n
+    x, w = draw(spec.m, k, 1.0), draw(n, k, k**-0.5)
+    adapters = [(draw(r, k, k**-0.5), draw(n, r, r**-0.5), SCALE) for r in spec.ranks]
+    size = (n * k + sum(spec.ranks) * (k + n)) * spec.dtype.itemsize
+    count = 1 if warm else cold_sets(size, device)
+    sets = [(w.clone(), lora_slots(adapters)) for _ in range(count)]
+    slots = torch.arange(spec.m, dtype=torch.int32, device=device)
+
+    def expected(op: Callable, x: Tensor, w: Tensor, pool: LoRASlots) -> Tensor:
+        return F.linear(x, w) if op is None else op(x, w, pool, slots)
+
+    def both(op: Callable | None) -> Expected:
+        w, pool = sets[0]
+        wide = pool._replace(a=pool.a.double(), b=pool.b.double())
+        ref = expected(op, x.double(), w.double(), wide)
+        return Expected(("y",), (ref,), (expected(op, x, w, pool),))
+
+    makers: dict[str, Callable[[Tensor, LoRASlots], Call]] = {
+        "fusedpeft": lambda w, pool: lambda: multi_lora_linear(x, w, pool, slots),
+        "aten": lambda w, pool: lambda: multi_lora_linear(x, w, pool, slots, impl="aten"),
+        "peft": lambda w, pool: _peft(x, w, pool),
+        FLOOR: lambda w, pool: lambda: F.linear(x, w),
+    }
+    gone = {} if importlib.util.find_spec("peft") else {"peft": "not installed"}
+    chosen = [name for name in ALL if name in (impls or ALL)]
+    adapted, frozen = both(multi_lora_linear_ref), both(None)
+    entries = [
+        Impl(
+            name, lambda i, make=makers[name]: make(*sets[i]),
+            frozen if name == FLOOR else adapted,
+            *_work(spec, [] if name == FLOOR else spec.ranks),
+        )
+        for name in chosen if name not in gone
+    ]  # fmt: skip
+    left_out = {name: why for name, why in gone.items() if name in chosen}
+    return Case(
+        "multi_lora_linear", spec.name, spec.dtype, device, entries, FLOOR, count, False, left_out
+    )
