@@ -26,6 +26,7 @@ OPS = {
     "soft_prompt": "fusedpeft.bench.bench_soft_prompt",
     "multi_lora": "fusedpeft.bench.bench_multi_lora",
     "multi_lora_model": "fusedpeft.bench.bench_multi_lora_model",
+    "methods": "fusedpeft.bench.bench_methods",
     "pro_step": "fusedpeft.bench.bench_pro_step",
 }
 

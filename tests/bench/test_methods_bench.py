@@ -1,0 +1,39 @@
+"""The bench of whole models with each method on them, from the outside: a tiny model."""
+
+import pytest
+import torch
+
+from fusedpeft.bench import bench_methods as bench
+from fusedpeft.bench.errors import BenchMismatch
+from fusedpeft.bench.harness import run_case
+from fusedpeft.layers import bottleneck
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+
+
+@pytest.mark.parametrize(
+    "method, what, dtype",
+    [(*case, torch.float32) for case in bench.FLOORS] + [("lora", "step", torch.bfloat16)],
+)
+def test_every_contestant_is_right(method, what, dtype):
+    pytest.importorskip("peft")
+    case = bench.build(bench.Spec(method, what, "tiny", dtype), CPU, None, warm=True)
+    found = {t.name for t in run_case(case, seconds=0.0, min_rounds=2)}
+    assert {"fusedpeft", case.floor} <= found <= set(bench.ALL)
+    assert ("accelerated" in found) == (method == "lora")
+
+
+def test_a_wrong_adapter_is_seen(monkeypatch):
+    spec = bench.Spec("bottleneck", "step", "tiny", torch.float32)
+    case = bench.build(spec, CPU, ("fusedpeft",), warm=True)
+    op = bottleneck.bottleneck_adapter
+    monkeypatch.setattr(bottleneck, "bottleneck_adapter", lambda *a, **kw: 1.01 * op(*a, **kw))
+    with pytest.raises(BenchMismatch, match="fusedpeft.loss"):
+        run_case(case, seconds=0.0, min_rounds=2)
+
+
+def test_the_cases_of_the_bars():
+    labels = [s.label for s in bench.specs(CPU, False)]
+    assert len(labels) == 6 and labels[0] == "lora step llama-20m 4x256 fp32"
+    assert bench.SHAPES["llama-20m"][:3] == (512, 1536, 4)
