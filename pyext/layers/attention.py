@@ -14,7 +14,7 @@ from fusedpeft.ops import prefix_attention
 
 IMPLEMENTATION = "fusedpeft"  # transformers' name for it
 CHILD = "fusedpeft_prefix"  # the child of an attention module whose current() is the prefix
-_NOT_HERE = ("softcap", "s_aux", "position_bias")  # what other models' attention asks for
+_NOT_HERE = ("softcap", "s_aux")  # what other models' attention asks for
 
 
 def _attention(
@@ -26,13 +26,19 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: q [B, H, T, D], k and v [B, HKV, S, D] -> [B, T, H, D]."""
+    """What transformers calls: q [B, H, T, D], k and v [B, HKV, S, D] -> [B, T, H, D].
+
+    position_bias [1, H, T, S] (T5's) is added to the scores; the prefix has one of its own.
+    """
     own = getattr(module, CHILD, None)
     current = None if own is None else own.current()
     if current is None:
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        if position_bias is not None:
+            options["position_bias"] = position_bias
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     for name in _NOT_HERE:
         if kwargs.get(name) is not None:
@@ -45,15 +51,17 @@ def _attention(
     tokens = query.shape[2]
     if causal and 1 < tokens < key.shape[2]:  # a static cache, empty so far: what follows is unset
         key, value = key[:, :, :tokens], value[:, :, :tokens]
-    if dropout and ids is not None:
+    if ids is not None and (dropout or position_bias is not None):
         raise InputError(
-            f"rows: prefixes by row train without dropout of attention weights, got {dropout}: set "
-            "the model's attention dropout to 0"
+            "rows: prefixes by row are for attention without dropout of its weights and without a "
+            f"bias of relative positions, got {type(module).__name__} with dropout {dropout}"
         )
-    if dropout:
-        out = _with_dropout(
-            query, key, value, prefix_key, prefix_value, attention_mask, causal, scaling, dropout
-        )
+    if dropout or position_bias is not None:
+        bias = None if position_bias is None else (own.bias(), position_bias[..., : key.shape[2]])
+        out = _concatenated(
+            query, key, value, prefix_key, prefix_value, attention_mask, bias, causal, scaling,
+            dropout,
+        )  # fmt: skip
     else:
         out = prefix_attention(
             query, key, value, prefix_key, prefix_value,
@@ -62,34 +70,44 @@ def _attention(
     return out.transpose(1, 2), None
 
 
-def _with_dropout(q, k, v, prefix_key, prefix_value, mask, causal, scale, p: float) -> Tensor:
-    """Dropout of attention weights, as GPT-2 has it in training, is torch's: prefix and keys are
-    concatenated for it. Set the model's attention dropout to 0 for the fused path."""
+def _concatenated(
+    q, k, v, prefix_key, prefix_value, mask, bias: tuple[Tensor, Tensor] | None, causal, scale, p
+) -> Tensor:
+    """What the fused op does not do is torch's, over prefix and keys one after the other: dropout
+    of attention weights (GPT-2 and BERT have it in training: 0 is faster), and a bias of relative
+    positions, which covers the prefix too (T5)."""
     batch, _, tokens, _ = q.shape
     k = torch.cat((prefix_key.expand(batch, -1, -1, -1), k), 2)
     v = torch.cat((prefix_value.expand(batch, -1, -1, -1), v), 2)
     length = prefix_key.shape[1]
     if mask is None and causal:
-        seen = q.new_ones(tokens, k.shape[2], dtype=torch.bool)
-        mask = seen.tril(k.shape[2] - tokens)
+        seen = q.new_ones(tokens, k.shape[2], dtype=torch.bool).tril(k.shape[2] - tokens)
+        mask = seen if bias is None else _added(seen, q.dtype)
     elif mask is not None:
         mask = F.pad(mask, (length, 0))  # added, and nothing is added to the prefix
+    if bias is not None:
+        added = torch.cat(bias, -1).to(q.dtype)
+        mask = added if mask is None else mask + added
     return F.scaled_dot_product_attention(
         q, k, v, mask, dropout_p=p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
 
 
-def _mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
-    """transformers' boolean mask as what is added to the scores; None where causality says it all.
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as what is added to the scores.
 
-    Once a forward, for all layers. The lowest number instead of -inf: a row of padding that sees
-    nothing is to be finite also in a layer without a prefix.
+    The lowest number instead of -inf: a row of padding that sees nothing is to be finite also in a
+    layer without a prefix.
     """
-    seen = sdpa_mask(*args, **kwargs)
-    if seen is None:
-        return None
     lowest = torch.finfo(dtype).min
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, lowest)
+
+
+def _mask(*args, dtype: torch.dtype = torch.float32, **kwargs) -> Tensor | None:
+    """transformers' boolean mask as what is added to the scores; None where causality says it all.
+    Once a forward, for all layers."""
+    seen = sdpa_mask(*args, **kwargs)
+    return None if seen is None else _added(seen, dtype)
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -32,12 +32,13 @@ from fusedpeft.layers.peft_config import (
     CONFIG_NAME,
     expected_prompt,
     head_settings,
+    peft_order,
     prompt_to_peft,
     read_config,
     selects_modules,
     to_peft,
 )
-from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of
+from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of
 from fusedpeft.layers.prompt import prompt_of
 from fusedpeft.layers.targets import match_targets
 
@@ -82,7 +83,8 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
 
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
     `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
-    its projection folded away, a prompt one [P, d]; in the parameters' dtype. Killed at any moment
+    its projection folded away, a prompt one [P, d]; in the parameters' dtype. The prefix of an
+    encoder-decoder is for `load_adapter` alone, which reads PEFT's as well. Killed at any moment
     it leaves the old adapter, the new one, or none that loads: never new weights under old
     settings.
     Raises InputError for an unknown name and where `dir` is a file.
@@ -164,7 +166,7 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
         _load_head(folder, inner, config, name, tensors)
         return model
     if not isinstance(config, LoRA):
-        _load_prompt(folder, inner, config, name, tensors)
+        _load_prompt(folder, inner, config, name, tensors, "method" not in raw)
         return model
     by_path, extra = lora_by_path(tensors)
     if selects_modules(raw) and by_path:
@@ -186,9 +188,11 @@ def _load_prompt(
     config: PrefixTuning | PromptTuning,
     name: str,
     tensors: dict[str, Tensor],
+    peft: bool,
 ) -> None:
     METHODS[type(config)].plan(model, config, True)
-    want = expected_prompt(config, shape_of(model.base_model))
+    shape = shape_of(stack_of(model))
+    want = expected_prompt(config, shape)
     got = {key: tuple(t.shape) for key, t in tensors.items()}
     if got != {_PROMPT: want} or not tensors[_PROMPT].is_floating_point():
         raise InputError(
@@ -197,7 +201,11 @@ def _load_prompt(
         )
     attach_to(model, config, name, strict=False)
     if isinstance(config, PrefixTuning):
-        set_prefix(model, name, tensors[_PROMPT])
+        flat = tensors[_PROMPT]
+        if peft and model.config.is_encoder_decoder:
+            by_layer = flat.view(len(flat), shape.layers, -1)
+            flat = by_layer[:, peft_order(shape.layers)].flatten(1)
+        set_prefix(model, name, flat)
     else:
         with torch.no_grad():
             prompt_of(model, name).copy_(tensors[_PROMPT])

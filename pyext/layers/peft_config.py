@@ -18,7 +18,7 @@ from fusedpeft.layers.config import (
     PrefixTuning,
     PromptTuning,
 )
-from fusedpeft.layers.prefix import Shape, shape_of
+from fusedpeft.layers.prefix import Shape, shape_of, stack_of
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -75,8 +75,15 @@ def head_settings(config: FeatureBased | OutputLayer, model: nn.Module) -> dict:
 
 
 def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dict:
-    """The same for virtual tokens. A prefix counts key heads, as PEFT does for grouped queries."""
-    shape = shape_of(model.base_model)
+    """The same for virtual tokens. A prefix counts key heads, as PEFT does for grouped queries.
+
+    An encoder-decoder's prefix is in settings of ours: PEFT has every other one of its tensor's
+    layers act, twice (`peft_order`), so it has no place for one of each layer's own.
+    """
+    shape = shape_of(stack_of(model))
+    if isinstance(config, PrefixTuning) and model.config.is_encoder_decoder:
+        own = {"num_virtual_tokens": config.length, "num_layers": shape.layers}
+        return {"method": "PrefixTuning", **_about(model), **own}
     settings = {
         **_about(model),
         "num_virtual_tokens": config.length,
@@ -91,6 +98,13 @@ def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dic
     # The projection is folded away, so none has to be built to read it.
     folded = {"encoder_hidden_size": shape.hidden, "prefix_projection": False}
     return {"peft_type": "PREFIX_TUNING", **settings, **sizes, **folded}
+
+
+def peft_order(layers: int) -> list[int]:
+    """Which layer of the tensor that PEFT keeps acts in each layer of an encoder-decoder: it puts
+    the layers once more behind themselves and gives each layer four, keys and values for itself and
+    for cross attention, of which the latter two are then dropped."""
+    return [2 * layer % layers for layer in range(layers)]
 
 
 def expected_prompt(config: PrefixTuning | PromptTuning, shape: Shape) -> tuple[int, int]:
@@ -116,6 +130,8 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
     if "peft_type" not in raw and isinstance(raw.get("config"), dict):
         return from_hub(path, raw), raw
+    if raw.get("method") == "PrefixTuning":
+        raw = {**raw, "peft_type": "PREFIX_TUNING"}
     heads = {"FeatureBased": FeatureBased, "OutputLayer": OutputLayer}
     if raw.get("method") in heads:
         try:

@@ -2,7 +2,8 @@
 
 (Li and Liang 2021, "Prefix-Tuning", §4.) They enter through transformers' attention interface into
 `ops.prefix_attention`: no cache is filled and nothing is copied by row, so generation without a
-cache, gradient checkpointing, sliding windows and LoRA beside it work.
+cache, gradient checkpointing, sliding windows and LoRA beside it work. Of an encoder-decoder it is
+the decoder's self-attention that has one, as in PEFT.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ class Projection(nn.Module):
 class AttentionPrefixes(nn.Module):
     """A child of each attention module: its share of each prefix, and which one acts."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Prefixes) -> None:
         super().__init__()
+        self._root = (root,)  # in a tuple: not its child
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.folded: dict[str, tuple[Tensor, Tensor]] = {}  # from projections, at each forward
@@ -70,6 +72,9 @@ class AttentionPrefixes(nn.Module):
             return (*(torch.stack(side) for side in zip(*pairs, strict=True)), ids)
         return None if self.active is None else (*self._pair(self.active), None)
 
+    def bias(self) -> Tensor | None:
+        return self._root[0].bias
+
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         if name in self.adapters:
             own = self.adapters[name]
@@ -81,47 +86,67 @@ class AttentionPrefixes(nn.Module):
 
 
 class Prefixes(nn.Module):
-    """A child of the backbone: projections, and how far the tokens' positions are moved."""
+    """A child of the stack: projections, and how far the tokens' positions are moved."""
 
-    def __init__(self, previous: str):
+    def __init__(self, previous: str, room: int | None, first: nn.Module):
         super().__init__()
         self.projections = nn.ModuleDict()
         self.active: str | None = None
         self.length: int | Tensor = 0  # [B, 1] within `rows`
         self.previous = previous  # the attention implementation before
+        self.room = room  # positions that the model has embeddings for, where it has a table
         self.routed: list[str] | None = None
+        self.bias: Tensor | None = None  # T5: what the scores of the prefix get, [1, H, T, P]
+        # The layer that makes it, if any; in a tuple: not a child.
+        self._relative = (first,) if getattr(first, "has_relative_attention_bias", False) else ()
         self._handles: list = []
         self._folded_from: dict[str, tuple] = {}
 
-    def fold(self, backbone: nn.Module, args, kwargs) -> None:
-        """Before the backbone runs: every layer's keys and values from the projection.
+    def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Before the stack runs: checks, the projections folded, T5's bias."""
+        if isinstance(self.length, int) and self.length == 0:
+            return
+        given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        tokens = next(t for t in given if t is not None)
+        if isinstance(self.length, Tensor):
+            check_rows(tokens, len(self.length))
+        elif self.room is not None and tokens.shape[1] + self.length > self.room:
+            raise InputError(
+                f"PrefixTuning: expected at most {self.room} positions, as the model has embeddings"
+                f" for, got {tokens.shape[1]} tokens behind a prefix of {self.length}"
+            )
+        for name in [self.active] if self.routed is None else self.routed:
+            if name in self.projections:
+                self._fold(stack, name)
+        if self._relative and isinstance(self.length, int):
+            cache = kwargs.get("cache")  # transformers' new name
+            cache = kwargs.get("past_key_values") if cache is None else cache
+            past = 0 if cache is None else cache.get_seq_length()
+            self.bias = self._relative[0].compute_bias(
+                tokens.shape[1], self.length, past_seen_tokens=self.length + past
+            )
+
+    def _fold(self, stack: nn.Module, name: str) -> None:
+        """Every layer's keys and values from the projection.
 
         Without gradients only when a parameter has been written since: generation is not to pay
         for the MLP at each token.
         """
-        if isinstance(self.length, Tensor):
-            given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-            check_rows(next(t for t in given if t is not None), len(self.length))
-        for name in [self.active] if self.routed is None else self.routed:
-            if name in self.projections:
-                self._fold(backbone, name)
-
-    def _fold(self, backbone: nn.Module, name: str) -> None:
         projection = self.projections[name]
         parameters = list(projection.parameters())
         grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         made_from = tuple((p.data_ptr(), p._version) for p in parameters)
         if not grad and self._folded_from.get(name) == made_from:
             return
-        layers = attention_layers(backbone)
-        for layer, pair in zip(layers, split(projection(), shape_of(backbone)), strict=True):
+        layers = attention_layers(stack)
+        for layer, pair in zip(layers, split(projection(), shape_of(stack)), strict=True):
             getattr(layer, CHILD).folded[name] = pair
         self._folded_from[name] = () if grad else made_from
 
-    def length_of(self, backbone: nn.Module, name: str) -> int:
+    def length_of(self, stack: nn.Module, name: str) -> int:
         if name in self.projections:
             return len(self.projections[name].embedding)
-        own = getattr(attention_layers(backbone)[0], CHILD).adapters[name]
+        own = getattr(attention_layers(stack)[0], CHILD).adapters[name]
         return own.prefix_key.shape[1]
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -134,7 +159,7 @@ class Prefixes(nn.Module):
         return (*args[:at], args[at] + self.length, *args[at + 1 :]), kwargs
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_folded_from": {}}
+        return {**self.__dict__, "_folded_from": {}, "bias": None}
 
 
 def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
@@ -146,20 +171,20 @@ def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
 
 def flat_prefix(model: nn.Module, name: str) -> Tensor:
     """A prefix as PEFT keeps it, [P, 2 · layers · HKV · D]."""
-    backbone = model.base_model
-    root = getattr(backbone, CHILD)
+    stack = stack_of(model)
+    root = getattr(stack, CHILD)
     if name in root.projections:
         return root.projections[name]().detach()
-    own = [getattr(layer, CHILD).adapters[name] for layer in attention_layers(backbone)]
+    own = [getattr(layer, CHILD).adapters[name] for layer in attention_layers(stack)]
     pairs = [t.detach() for one in own for t in (one.prefix_key, one.prefix_value)]
     return torch.stack(pairs).permute(2, 0, 1, 3).flatten(1)
 
 
 def set_prefix(model: nn.Module, name: str, flat: Tensor) -> None:
     """Write a prefix in PEFT's layout into one without a projection."""
-    backbone = model.base_model
-    pairs = split(flat, shape_of(backbone))
-    for layer, (key, value) in zip(attention_layers(backbone), pairs, strict=True):
+    stack = stack_of(model)
+    pairs = split(flat, shape_of(stack))
+    for layer, (key, value) in zip(attention_layers(stack), pairs, strict=True):
         own = getattr(layer, CHILD).adapters[name]
         with torch.no_grad():
             own.prefix_key.copy_(key)
@@ -176,80 +201,103 @@ class Shape(NamedTuple):
     hidden: int
 
 
-def attention_layers(backbone: nn.Module) -> list[nn.Module]:
+_CROSS = ("EncDecAttention", "encoder_attn", "crossattention")  # over what the encoder gave
+
+
+def stack_of(model: nn.Module) -> nn.Module:
+    """The module whose layers have the prefix: the backbone, an encoder-decoder's decoder."""
+    backbone = getattr(model, "base_model", model)
+    config = getattr(backbone, "config", None)
+    return backbone.decoder if getattr(config, "is_encoder_decoder", False) else backbone
+
+
+def attention_layers(stack: nn.Module) -> list[nn.Module]:
     """The self-attention modules, in the order of the layers."""
     found = [
         m
-        for m in backbone.modules()
+        for path, m in stack.named_modules()
         if type(m).__name__.endswith("Attention")
         and isinstance(getattr(m, "layer_idx", None), int)
-        and not getattr(m, "is_cross_attention", False)
+        and path.rpartition(".")[2] not in _CROSS
+        and ".crossattention." not in path
     ]
     return sorted(found, key=lambda m: m.layer_idx)
 
 
-def shape_of(backbone: nn.Module) -> Shape:
-    config = backbone.config
-    heads = config.num_attention_heads
+def shape_of(stack: nn.Module) -> Shape:
+    config = stack.config
+    of_decoder = config.is_encoder_decoder and hasattr(
+        config, "decoder_layers"
+    )  # BART's one config
+    layers = config.decoder_layers if of_decoder else config.num_hidden_layers
+    heads = config.decoder_attention_heads if of_decoder else config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    return Shape(config.num_hidden_layers, groups, dim, config.hidden_size)
+    return Shape(layers, groups, dim, config.hidden_size)
 
 
-def _positions(backbone: nn.Module) -> list[nn.Module]:
+def _positions(stack: nn.Module) -> list[nn.Module]:
     """The modules that turn positions into rotations or embeddings."""
-    ends = ("rotary_emb", "wpe")
-    return [m for path, m in backbone.named_modules() if path.rpartition(".")[2] in ends]
+    ends = ("rotary_emb", "wpe", "position_embeddings", "embed_positions")
+    return [m for path, m in stack.named_modules() if path.rpartition(".")[2] in ends]
+
+
+def _room(stack: nn.Module) -> int | None:
+    """Positions that a table of embeddings has rows for."""
+    for table in _positions(stack):
+        if isinstance(table, nn.Embedding):
+            unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
+            return table.num_embeddings - getattr(table, "offset", unused)  # BART's
+    return None
 
 
 def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PrefixTuning: expected a model of transformers, got {kind}")
-    settings = model.config
-    if settings.is_encoder_decoder:
-        raise InputError(f"PrefixTuning: expected a decoder-only model, got {kind} (two stacks)")
     if not model._can_set_attn_implementation():
         raise InputError(
             f"PrefixTuning: {kind} does not take its attention from transformers' interface, so "
             "a prefix cannot reach it"
         )
-    backbone = model.base_model
-    layers, shape = attention_layers(backbone), shape_of(backbone)
-    if len(layers) != shape.layers or not all(getattr(m, "is_causal", False) for m in layers):
+    stack = stack_of(model)
+    layers, shape = attention_layers(stack), shape_of(stack)
+    if len(layers) != shape.layers:
         raise InputError(
-            f"PrefixTuning: expected {shape.layers} causal self-attention layers in {kind}, found "
+            f"PrefixTuning: expected {shape.layers} self-attention layers in {kind}, found "
             f"{len(layers)}"
         )
     for name in ("attn_logit_softcapping", "sinks"):
-        if getattr(settings, name, None) or hasattr(layers[0], name):
+        if getattr(model.config, name, None) or hasattr(layers[0], name):
             raise InputError(f"PrefixTuning: {kind} has {name}, which the prefix kernels do not do")
     for layer in layers:
-        out = getattr(getattr(layer, "k_proj", None), "out_features", shape.heads * shape.dim)
+        names = ("k_proj", "key", "k")
+        key = next((m for n in names if (m := getattr(layer, n, None)) is not None), None)
+        out = getattr(key, "out_features", shape.heads * shape.dim)
         if out != shape.heads * shape.dim:
             raise InputError(
                 f"PrefixTuning: expected {shape.heads} key heads of {shape.dim} in every layer of "
                 f"{kind}, layer {layer.layer_idx} has {out} features"
             )
-    if not _positions(backbone):
+    if not _positions(stack) and not hasattr(layers[0], "has_relative_attention_bias"):
         raise InputError(
-            f"PrefixTuning: expected a rotary_emb or a wpe in {kind}, whose positions it moves, "
-            "found neither"
+            f"PrefixTuning: expected embeddings of positions, rotary or a table, in {kind}, which "
+            "a prefix moves, found none"
         )
 
 
 def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> None:
-    backbone = model.base_model
-    layers, shape = attention_layers(backbone), shape_of(backbone)
-    root = getattr(backbone, CHILD, None)
+    stack = stack_of(model)
+    layers, shape = attention_layers(stack), shape_of(stack)
+    root = getattr(stack, CHILD, None)
     if root is None:
-        root = Prefixes(model.config._attn_implementation)
-        root._handles = [backbone.register_forward_pre_hook(root.fold, with_kwargs=True)]
-        for module in _positions(backbone):
+        root = Prefixes(model.config._attn_implementation, _room(stack), layers[0])
+        root._handles = [stack.register_forward_pre_hook(root.before, with_kwargs=True)]
+        for module in _positions(stack):
             root._handles.append(module.register_forward_pre_hook(root.shift, with_kwargs=True))
-        backbone.add_module(CHILD, root)
+        stack.add_module(CHILD, root)
         for layer in layers:
-            layer.add_module(CHILD, AttentionPrefixes())
+            layer.add_module(CHILD, AttentionPrefixes(root))
         model.set_attn_implementation(IMPLEMENTATION)
     like = next(layers[0].parameters())
     if config.projection is None:
@@ -269,15 +317,15 @@ def check_together(wanted: Mapping[str, PrefixTuning]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    backbone = getattr(model, "base_model", model)
-    root = getattr(backbone, CHILD, None)
+    stack = stack_of(model)
+    root = getattr(stack, CHILD, None)
     if root is None:
         return
     root.active = names[0] if names else None
-    root.length = root.length_of(backbone, root.active) if names else 0
+    root.length = root.length_of(stack, root.active) if names else 0
     for key, projection in root.projections.items():
         projection.requires_grad_(key == root.active)
-    for layer in attention_layers(backbone):
+    for layer in attention_layers(stack):
         own = getattr(layer, CHILD)
         own.active = root.active
         for key, prefix in own.adapters.items():
@@ -285,18 +333,18 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def route(model: nn.Module, names: Sequence[str | None] | None) -> None:
-    backbone = getattr(model, "base_model", model)
-    root = getattr(backbone, CHILD, None)
+    stack = stack_of(model)
+    root = getattr(stack, CHILD, None)
     if root is None:
         return
     order = list(dict.fromkeys(n for n in names or () if n is not None))
-    lengths = {name: root.length_of(backbone, name) for name in order}
+    lengths = {name: root.length_of(stack, name) for name in order}
     if len(set(lengths.values())) > 1:
         raise InputError(f"rows: expected prefixes of one length, got {lengths}")
-    layers = attention_layers(backbone)
+    layers = attention_layers(stack)
     device = next(layers[0].parameters()).device
     chosen = None
-    root.length = 0 if root.active is None else root.length_of(backbone, root.active)
+    root.length = 0 if root.active is None else root.length_of(stack, root.active)
     root.routed = None if names is None else order
     if names is not None:
         ids = torch.tensor([-1 if n is None else order.index(n) for n in names], device=device)
@@ -309,9 +357,9 @@ def route(model: nn.Module, names: Sequence[str | None] | None) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    backbone = model.base_model
-    root = getattr(backbone, CHILD)
-    layers = attention_layers(backbone)
+    stack = stack_of(model)
+    root = getattr(stack, CHILD)
+    layers = attention_layers(stack)
     root.projections.pop(name) if name in root.projections else None
     for layer in layers:
         own = getattr(layer, CHILD)
@@ -320,6 +368,6 @@ def remove(model: nn.Module, name: str) -> None:
         return
     for handle in root._handles:
         handle.remove()
-    for module in (backbone, *layers):
+    for module in (stack, *layers):
         delattr(module, CHILD)
     model.set_attn_implementation(root.previous)

@@ -22,6 +22,7 @@ FAMILIES = {
     "Gemma": {"num_key_value_heads": 1, "head_dim": 8},
     "Phi": {"num_attention_heads": 2, "num_key_value_heads": 2},
     "GPTNeoX": {},
+    "OPT": {"ffn_dim": 40, "word_embed_proj_dim": 24},
 }
 
 
@@ -234,21 +235,18 @@ def test_beside_lora_and_merged_lora(llama, ids, stir):
 
 
 def test_models_that_cannot(ids):
-    small = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     bloom = transformers.BloomForCausalLM(
         transformers.BloomConfig(vocab_size=61, hidden_size=24, n_layer=1, n_head=4)
     )
-    t5 = transformers.T5ForConditionalGeneration(
-        transformers.T5Config(vocab_size=61, d_model=24, d_ff=40, num_layers=1, num_heads=4)
-    )
-    bert = transformers.BertForSequenceClassification(
-        transformers.BertConfig(**small, intermediate_size=40)
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=4
+        )
     )
     gemma = family("Gemma2", head_dim=8, num_key_value_heads=2)
     for model, message in (
         (bloom, "BloomForCausalLM does not take its attention from transformers' interface"),
-        (t5, "expected a decoder-only model, got T5ForConditionalGeneration"),
-        (bert, "expected 1 causal self-attention layers in BertForSequenceClassification"),
+        (falcon, "FalconForCausalLM does not take its attention from transformers' interface"),
         (gemma, "Gemma2ForCausalLM has attn_logit_softcapping"),
         (torch.nn.Linear(3, 3), "expected a model of transformers, got Linear"),
     ):

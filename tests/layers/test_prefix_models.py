@@ -1,0 +1,164 @@
+"""Prefix tuning beyond causal decoders: BERT and RoBERTa, T5 and BART."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+import fusedpeft as fp
+from fusedpeft.errors import InputError
+from fusedpeft.layers.prefix import attention_layers, flat_prefix, stack_of
+
+P = 5
+ENCODER = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 1, "num_labels": 3,
+}  # fmt: skip
+TWO = {
+    "BART": (transformers.BartForConditionalGeneration, transformers.BartConfig, {
+        "vocab_size": 61, "d_model": 24, "encoder_layers": 2, "decoder_layers": 3,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 2, "encoder_ffn_dim": 40,
+        "decoder_ffn_dim": 40, "max_position_embeddings": 64, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None, "dropout": 0.0,
+    }),
+    "T5": (transformers.T5ForConditionalGeneration, transformers.T5Config, {
+        "vocab_size": 61, "d_model": 24, "d_kv": 6, "d_ff": 40, "num_layers": 3,
+        "num_heads": 4, "decoder_start_token_id": 0, "dropout_rate": 0.0,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12,
+    }),
+}  # fmt: skip
+
+
+def two_stacks(name, **more):
+    kind, config, sizes = TWO[name]
+    torch.manual_seed(0)
+    model = kind(config(**{**sizes, **more})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # small initial weights always say the same token
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def classifier(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**ENCODER)
+    return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+
+
+def learned(model, name="default", **settings):
+    fp.attach(model, fp.PrefixTuning(length=P, **settings), name)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "fusedpeft_prefix" in key and parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def concatenated(model, prefixed):
+    """`model` with the prefix of `prefixed` by the textbook: keys and values concatenated."""
+    pairs = [
+        (own.prefix_key, own.prefix_value)
+        for layer in attention_layers(stack_of(prefixed))
+        for own in [layer.fusedpeft_prefix.adapters["default"]]
+    ]
+
+    def attention(module, q, k, v, attention_mask, scaling=None, **_):
+        pk, pv = (t.expand(len(q), -1, -1, -1) for t in pairs[module.layer_idx])
+        mask = None if attention_mask is None else F.pad(attention_mask, (P, 0), value=True)
+        k, v = torch.cat((pk, k), 2), torch.cat((pv, v), 2)
+        scores = q @ k.mT * scaling
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+    AttentionInterface.register("prefix_textbook", attention)
+    AttentionMaskInterface.register("prefix_textbook", sdpa_mask)
+    model.set_attn_implementation("prefix_textbook")
+    return model
+
+
+@pytest.mark.parametrize("name, first", [("Bert", 0), ("Roberta", 2)])
+def test_encoders(name, first, ids):
+    ids = ids.clamp(min=2)  # 1 is padding
+    model = learned(classifier(name))
+    theirs = concatenated(classifier(name), model)
+    positions = torch.arange(ids.shape[1])[None] + P + first
+    padded = torch.ones_like(ids)
+    padded[0, -3:] = 0
+    for mask in (None, padded):
+        want = theirs(ids, attention_mask=mask, position_ids=positions).logits
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits, want, rtol=0, atol=1e-5)
+    labels = torch.tensor([0, 2])
+    model(ids, labels=labels).loss.backward()
+    trained = [p for n, p in model.named_parameters() if "fusedpeft_prefix" in n]
+    assert len(trained) == 4 and all(p.grad.abs().sum() > 0 for p in trained)
+    assert fp.trainable_parameters(model) == 2 * 2 * 24 * P  # 2 · layers · d · length
+    with pytest.raises(
+        InputError, match=f"expected at most {32 - first} positions.* got 28 tokens"
+    ):
+        model(torch.full((1, 28), 3))
+    fp.detach(model)
+    assert torch.equal(model(ids).logits, classifier(name)(ids).logits)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_encoder_decoders_mean_the_same_to_peft(name, ids, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    # PEFT counts the encoder's heads and layers.
+    more = {"decoder_attention_heads": 4, "encoder_layers": 3} if name == "BART" else {}
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(two_stacks(name, **more), config).eval()
+    weight = theirs.prompt_encoder.default.embedding.weight
+    with torch.no_grad():
+        weight.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = fp.load_adapter(two_stacks(name, **more), tmp_path)
+    labels = ids.flip(0)[:, :7].contiguous()
+    padded = torch.ones_like(ids)
+    padded[0, -3:] = 0
+    for mask in (None, padded):
+        one, two = (m(ids, attention_mask=mask, labels=labels) for m in (model, theirs))
+        torch.testing.assert_close(one.logits, two.logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.loss, two.loss)
+    assert not torch.allclose(one.logits, two_stacks(name, **more)(ids, labels=labels).logits)
+    one.loss.backward()
+    two.loss.backward()
+    ours = torch.stack(
+        [
+            p.grad
+            for layer in attention_layers(stack_of(model))
+            for p in layer.fusedpeft_prefix.adapters["default"].parameters()
+        ]
+    )
+    ours = ours.permute(2, 0, 1, 3).reshape(P, 3, -1)[:, [0, 2, 1]]  # of 3 layers, PEFT's order
+    torch.testing.assert_close(ours.flatten(1), weight.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("projection", [None, 7])
+def test_encoder_decoders_generate_and_save(name, projection, ids, tmp_path):
+    more = {"d_kv": 8} if name == "T5" else {}  # d_kv · heads is not d_model: PEFT's breaks
+    model = learned(two_stacks(name, **more), projection=projection)
+    options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    growing = model.generate(ids, **options)
+    assert growing.unique().numel() > 2
+    assert torch.equal(model.generate(ids, use_cache=False, **options), growing)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), growing)
+    assert not torch.equal(two_stacks(name, **more).generate(ids, **options), growing)
+    fp.save_adapter(model, tmp_path)
+    fp.load_adapter(model, tmp_path, "again")
+    assert torch.equal(flat_prefix(model, "again"), flat_prefix(model, "default"))
+    assert torch.equal(model.generate(ids, **options), growing)
+
+
+def test_rows_of_a_relative_bias_are_refused(ids):
+    model = learned(two_stacks("T5"))
+    with (
+        fp.rows(model, ["default", None]),
+        pytest.raises(InputError, match="rows: prefixes by row"),
+    ):
+        model(ids, labels=ids)
