@@ -166,7 +166,8 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
         _load_head(folder, inner, config, name, tensors)
         return model
     if not isinstance(config, LoRA):
-        _load_prompt(folder, inner, config, name, tensors, "method" not in raw)
+        two = raw.get("num_transformer_submodules") == 2
+        _load_prompt(folder, inner, config, name, tensors, two)
         return model
     by_path, extra = lora_by_path(tensors)
     if selects_modules(raw) and by_path:
@@ -188,11 +189,12 @@ def _load_prompt(
     config: PrefixTuning | PromptTuning,
     name: str,
     tensors: dict[str, Tensor],
-    peft: bool,
+    two: bool,
 ) -> None:
     METHODS[type(config)].plan(model, config, True)
-    shape = shape_of(stack_of(model))
-    want = expected_prompt(config, shape)
+    if two and _PROMPT in tensors:
+        tensors = _of_two_stacks(model, config, tensors)
+    want = expected_prompt(config, shape_of(stack_of(model)))
     got = {key: tuple(t.shape) for key, t in tensors.items()}
     if got != {_PROMPT: want} or not tensors[_PROMPT].is_floating_point():
         raise InputError(
@@ -201,14 +203,24 @@ def _load_prompt(
         )
     attach_to(model, config, name, strict=False)
     if isinstance(config, PrefixTuning):
-        flat = tensors[_PROMPT]
-        if peft and model.config.is_encoder_decoder:
-            by_layer = flat.view(len(flat), shape.layers, -1)
-            flat = by_layer[:, peft_order(shape.layers)].flatten(1)
-        set_prefix(model, name, flat)
+        set_prefix(model, name, tensors[_PROMPT])
     else:
         with torch.no_grad():
             prompt_of(model, name).copy_(tensors[_PROMPT])
+
+
+def _of_two_stacks(
+    model: nn.Module, config: PrefixTuning | PromptTuning, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What PEFT keeps for an encoder-decoder as it acts there: a prefix's layers in `peft_order`;
+    of twice as many prompt tokens the first half."""
+    values = tensors[_PROMPT]
+    if isinstance(config, PromptTuning):
+        return {**tensors, _PROMPT: values[: config.length]}
+    layers = shape_of(stack_of(model)).layers
+    if values.ndim != 2 or values.shape[1] % layers:
+        return tensors  # refused by its shape
+    return {**tensors, _PROMPT: values.unflatten(1, (layers, -1))[:, peft_order(layers)].flatten(1)}
 
 
 def _load_head(

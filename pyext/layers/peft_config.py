@@ -61,9 +61,11 @@ def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d
 
 def _about(model: nn.Module) -> dict:
     can_generate = getattr(model, "can_generate", None)
-    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    kind = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
     return {
-        "task_type": "CAUSAL_LM" if can_generate is not None and can_generate() else None,
+        "task_type": kind if can_generate is not None and can_generate() else None,
         "base_model_name_or_path": name or None,
         "inference_mode": True,
     }

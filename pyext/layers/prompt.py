@@ -1,7 +1,8 @@
 """Prompt tuning on a model: trained embeddings before those of the tokens.
 
 (Lester et al. 2021, §2.) The backbone runs over P + T positions and gives back the last T, so that
-logits and labels stay one for each token.
+logits and labels stay one for each token. Of an encoder-decoder it is the encoder that reads the
+prompt, and the decoder attends to all P + T, as in PEFT.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ _CHILD = "fusedpeft_prompt"
 
 
 class Prompts(nn.Module):
-    """A child of the backbone: the prompts [P, d] by name, and which one acts."""
+    """A child of the stack: the prompts [P, d] by name, and which one acts."""
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, stack: nn.Module, keeps: bool):
         super().__init__()
+        self.keeps = keeps  # an encoder: what the prompt became is attended to
         self.prompts = nn.ParameterDict()
         self.active: str | None = None
-        self._names = tuple(inspect.signature(backbone.forward).parameters)
+        self._names = tuple(inspect.signature(stack.forward).parameters)
         self._cut = 0  # positions in front that this call is to give back without
         self._handles: list = []
 
-    def before(self, backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._cut = 0
         if self.active is None:
             return args, kwargs
@@ -54,22 +56,30 @@ class Prompts(nn.Module):
                 front = torch.arange(length, device=positions.device, dtype=positions.dtype)
                 positions = torch.cat((front.expand(len(positions), -1), positions), 1)
             given["position_ids"] = positions
-        given.pop("cache_position", None)  # the backbone counts for itself
+        given.pop("cache_position", None)  # the stack counts for itself
         if not first:
             return (), given
         _make_room(cache, length)
         given["input_ids"] = None
-        given["inputs_embeds"] = _embed(backbone.get_input_embeddings(), ids, embeds, prompt)
-        self._cut = length
+        given["inputs_embeds"] = _embed(stack.get_input_embeddings(), ids, embeds, prompt)
+        self._cut = 0 if self.keeps else length
         return (), given
 
-    def after(self, backbone: nn.Module, args: tuple, output):
+    def after(self, stack: nn.Module, args: tuple, output):
         if not self._cut:
             return output
         if isinstance(output, tuple):
             return (output[0][:, self._cut :], *output[1:])
         output.last_hidden_state = output.last_hidden_state[:, self._cut :]
         return output
+
+    def widen(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Before a decoder: the mask over the encoder's T positions lets the prompt's be seen."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if self.active is None or mask is None or states is None:
+            return args, kwargs
+        front = mask.new_ones(len(mask), states.shape[1] - mask.shape[1])
+        return args, {**kwargs, "encoder_attention_mask": torch.cat((front, mask), 1)}
 
 
 def _keep_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
@@ -107,13 +117,20 @@ def _embed(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prom
 # --- the method ---------------------------------------------------------------------------------
 
 
+def _stack_of(model: nn.Module) -> nn.Module:
+    """The module that embeds the tokens: the backbone, an encoder-decoder's encoder."""
+    backbone = getattr(model, "base_model", model)
+    config = getattr(backbone, "config", None)
+    return backbone.encoder if getattr(config, "is_encoder_decoder", False) else backbone
+
+
 def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     """The prompt's first values [P, d]."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
-    if model.config.is_encoder_decoder or not getattr(model.config, "use_cache", False):
-        raise InputError(f"PromptTuning: expected a decoder-only model, got {kind}")
+    if not getattr(model.config, "use_cache", False):
+        raise InputError(f"PromptTuning: expected a model with a decoder, got {kind}")
     weight = model.base_model.get_input_embeddings().weight.detach()
     vocabulary, hidden = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -149,16 +166,21 @@ def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
 
 
 def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> None:
-    backbone = model.base_model
-    root = getattr(backbone, _CHILD, None)
+    stack = _stack_of(model)
+    root = getattr(stack, _CHILD, None)
     if root is None:
-        root = Prompts(backbone)
+        two = stack is not model.base_model
+        root = Prompts(stack, keeps=two)
         root._handles = [
-            backbone.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
-            backbone.register_forward_hook(root.after),
+            stack.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
+            stack.register_forward_hook(root.after),
         ]
-        backbone.add_module(_CHILD, root)
-        model.create_masks_for_generate = _keep_mask
+        stack.add_module(_CHILD, root)
+        if two:
+            decoder = model.base_model.decoder
+            root._handles.append(decoder.register_forward_pre_hook(root.widen, with_kwargs=True))
+        else:
+            model.create_masks_for_generate = _keep_mask
     root.prompts[name] = nn.Parameter(values)
 
 
@@ -168,7 +190,7 @@ def check_together(wanted: Mapping[str, PromptTuning]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    root = getattr(getattr(model, "base_model", model), _CHILD, None)
+    root = getattr(_stack_of(model), _CHILD, None)
     if root is None:
         return
     root.active = names[0] if names else None
@@ -177,16 +199,16 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    backbone = model.base_model
-    root = getattr(backbone, _CHILD)
+    stack = _stack_of(model)
+    root = getattr(stack, _CHILD)
     del root.prompts[name]
     if not root.prompts:
         for handle in root._handles:
             handle.remove()
-        delattr(backbone, _CHILD)
-        del model.create_masks_for_generate
+        delattr(stack, _CHILD)
+        model.__dict__.pop("create_masks_for_generate", None)
 
 
 def prompt_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter [P, d]."""
-    return getattr(model.base_model, _CHILD).prompts[name]
+    return getattr(_stack_of(model), _CHILD).prompts[name]

@@ -182,7 +182,7 @@ def test_what_cannot_be(llama, ids, words, tmp_path):
             intermediate_size=40, use_cache=False,
         )
     )  # fmt: skip
-    with pytest.raises(InputError, match="PromptTuning: expected a decoder-only model, got Bert"):
+    with pytest.raises(InputError, match="PromptTuning: expected a model with a decoder, got Bert"):
         fp.attach(bert, fp.PromptTuning())
     fp.attach(llama, fp.PromptTuning(length=P))
     with pytest.raises(InputError, match=r"expected an attention_mask \[B, T\]"):

@@ -1,4 +1,4 @@
-"""Prefix tuning beyond causal decoders: BERT and RoBERTa, T5 and BART."""
+"""Prefix and prompt tuning beyond causal decoders: BERT and RoBERTa, T5 and BART."""
 
 import pytest
 import torch
@@ -162,3 +162,54 @@ def test_rows_of_a_relative_bias_are_refused(ids):
         pytest.raises(InputError, match="rows: prefixes by row"),
     ):
         model(ids, labels=ids)
+
+
+# --- prompts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_prompts_mean_the_same_to_peft(name, ids, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(two_stacks(name), config).eval()
+    with torch.no_grad():
+        theirs.prompt_encoder.default.embedding.weight.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")  # twice as many rows, of which half act
+    model = fp.load_adapter(two_stacks(name), tmp_path / "theirs")
+    assert fp.trainable_parameters(model) == P * 24
+    padded = torch.ones_like(ids)
+    padded[0, -3:] = 0
+    fp.save_adapter(model, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(two_stacks(name), tmp_path / "ours").eval()
+    assert type(again).__name__ == "PeftModelForSeq2SeqLM"
+    labels = ids.flip(0)[:, :7].contiguous()
+    for mask in (None, padded):
+        want = theirs(ids, attention_mask=mask, labels=labels)
+        for m in (model, again):
+            got = m(ids, attention_mask=mask, labels=labels)
+            torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
+    model(ids, attention_mask=padded, labels=labels).loss.backward()
+    want.loss.backward()
+    prompt = next(p for p in model.parameters() if p.requires_grad)
+    weight = theirs.prompt_encoder.default.embedding.weight
+    torch.testing.assert_close(prompt.grad, weight.grad[:P], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_prompts_generate_and_leave(name, ids):
+    model = two_stacks(name)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(ids, **options)
+    fp.attach(model, fp.PromptTuning(length=P, init="vocab"))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).normal_(std=2.0)
+    mask = torch.ones_like(ids)
+    mask[0, -3:] = 0
+    growing = model.generate(ids, attention_mask=mask, **options)
+    for more in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **options, **more), growing)
+    alone = model.generate(ids[:1, :-3], **options)
+    assert torch.equal(alone[0], growing[0])
+    assert not torch.equal(model.generate(ids, **options), before)
+    fp.detach(model)
+    assert torch.equal(model.generate(ids, **options), before)
