@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.bottleneck import Bottleneck, adapters_of, hub_places, plan
@@ -59,7 +60,9 @@ def to_hub(config: BottleneckAdapter, model: nn.Module, name: str) -> dict[str, 
     return {
         "config": settings,
         "hidden_size": hidden,
-        "model_class": type(model).__name__,
+        "model_class": next(
+            c for c in type(model).__mro__ if not issubclass(c, FSDPModule)
+        ).__name__,
         "model_name": getattr(model.config, "_name_or_path", "") or "",
         "model_type": model.config.model_type,
         "name": name,

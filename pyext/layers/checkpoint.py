@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers import adapterhub
@@ -70,6 +71,12 @@ def _replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def _whole(t: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 has sharded: every rank takes part."""
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -84,9 +91,9 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
     `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
     its projection folded away, a prompt one [P, d]; in the parameters' dtype. The prefix of an
-    encoder-decoder is for `load_adapter` alone, which reads PEFT's as well. Killed at any moment
-    it leaves the old adapter, the new one, or none that loads: never new weights under old
-    settings.
+    encoder-decoder is for `load_adapter` alone, which reads PEFT's as well. Under FSDP2 every rank
+    calls it. Killed at any moment it leaves the old adapter, the new one, or none that loads: never
+    new weights under old settings.
     Raises InputError for an unknown name and where `dir` is a file.
     """
     model = unwrap(model)
@@ -111,6 +118,7 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
         tensors, settings = head_tensors(model, name), head_settings(config, model)
     else:
         tensors, settings = _prompt(model, config, name)
+    tensors = {key: _whole(t).cpu().contiguous() for key, t in tensors.items()}
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
     config_path = folder / CONFIG_NAME
@@ -131,7 +139,7 @@ def _lora(model: nn.Module, config: LoRA, name: str) -> tuple[dict[str, Tensor],
         for suffix, attribute in list(_SUFFIXES.items())[:3]:
             value = getattr(adapter, attribute)
             if value is not None:
-                tensors[_PREFIX + path + suffix] = value.detach().cpu().contiguous()
+                tensors[_PREFIX + path + suffix] = value
     targets = [p for p, _ in adapted] if config.targets == ALL_LINEAR else config.targets
     return tensors, to_peft(config, targets, model, any(m.transposed for _, m in adapted))
 
@@ -141,7 +149,7 @@ def _prompt(
 ) -> tuple[dict[str, Tensor], dict]:
     prefix = isinstance(config, PrefixTuning)
     values = flat_prefix(model, name) if prefix else prompt_of(model, name)
-    return {_PROMPT: values.detach().cpu().contiguous()}, prompt_to_peft(config, model)
+    return {_PROMPT: values}, prompt_to_peft(config, model)
 
 
 def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn.Module:
