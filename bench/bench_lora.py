@@ -2,7 +2,8 @@
 
     fusedpeft bench lora --device cpu --json FILE    decode, training, slices of models
     fusedpeft bench lora --device cpu --full         every linear of the models at 1 to 16 tokens
-    fusedpeft bench lora --device cuda --json FILE   throughput shapes
+    fusedpeft bench lora --device cuda --save        throughput shapes; then
+    python -m fusedpeft.bench.lora_choice            ... what to choose between Triton and cuBLAS
 
 Bars (ratio to the frozen `F.linear` in the same run): decode 2048² rank 16, bf16 0.45 / 0.65 / 0.90
 and fp32 0.60 / 0.40 / 0.45 at 1 / 4 / 8 tokens; 1.05 for every linear below at 1 to 16 tokens;
@@ -65,6 +66,9 @@ def cpu_specs(full: bool) -> Iterator[Spec]:
 def cuda_specs(full: bool) -> Iterator[Spec]:
     for kind in ("fwd", "bwd"):
         yield Spec(kind, 8192, 4096, 4096, 16, BF16)
+        yield Spec(kind, 1024, 4096, 4096, 16, FP32)
+    for m in (1, 16, 64):
+        yield Spec("fwd", m, 4096, 4096, 16, BF16)
     tokens, ranks = ((512, 1024, 2048, 4096, 8192, 16384), (8, 16, 32, 64, 128)) if full else (
         (512, 4096, 16384),
         (8, 128),

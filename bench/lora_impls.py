@@ -1,7 +1,8 @@
 """The contestants of the LoRA bench: ours, plain torch in three forms, PEFT's module, Unsloth.
 
-On CUDA ours runs twice: as it chooses by itself, and as cuBLAS with an accumulating pass ("aten"),
-so that a run says for which shapes the other choice would be the better one.
+On CUDA ours runs as it chooses by itself, as the Triton kernels ("triton") and as cuBLAS with an
+accumulating pass ("aten"), so that a run says what to choose for which shape:
+`python -m fusedpeft.bench.lora_choice` makes the table of it.
 
 Everyone computes y = x Wᵀ + scale·(x Aᵀ) Bᵀ from the same tensors and answers to the same float64
 reference; the frozen linear y = x Wᵀ is the floor and answers to its own.
@@ -23,8 +24,9 @@ from fusedpeft.bench.harness import Call, Case, Expected, Impl, cold_sets
 from fusedpeft.ops import lora_linear, lora_linear_ref
 
 FLOOR = "frozen"
-ATEN = "fusedpeft aten"
-ALL = ("fusedpeft", ATEN, "reference", "addmm", "torch.compile", "peft", "unsloth", FLOOR)
+TRITON, ATEN = "fusedpeft triton", "fusedpeft aten"
+OURS = ("fusedpeft", TRITON, ATEN)
+ALL = (*OURS, "reference", "addmm", "update first", "torch.compile", "peft", "unsloth", FLOOR)
 SCALE = 2.0
 
 
@@ -58,8 +60,16 @@ def _addmm(x: Tensor, s: Weights) -> Tensor:
     return torch.addmm(F.linear(x, s.w), F.linear(x, s.a), s.b.t(), alpha=SCALE)
 
 
+def _update_first(x: Tensor, s: Weights) -> Tensor:
+    return torch.addmm(F.linear(SCALE * F.linear(x, s.a), s.b), x, s.w.t())
+
+
 def _fusedpeft(x: Tensor, s: Weights) -> Tensor:
     return lora_linear(x, s.w, s.a, s.b, SCALE)
+
+
+def _fusedpeft_triton(x: Tensor, s: Weights) -> Tensor:
+    return lora_linear(x, s.w, s.a, s.b, SCALE, impl="triton")
 
 
 def _fusedpeft_aten(x: Tensor, s: Weights) -> Tensor:
@@ -96,6 +106,8 @@ def missing(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         gone["unsloth"] = "CUDA only"
         gone[ATEN] = "on a CPU it is what fusedpeft takes by itself"
+        gone[TRITON] = "CUDA only"
+        gone["update first"] = "CUDA only: on a CPU 16 bits round at every step of a short product"
     elif not importlib.util.find_spec("unsloth"):
         gone["unsloth"] = "not installed"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -194,9 +206,11 @@ def make_case(
 
     plain: dict[str, Forward] = {
         "fusedpeft": _fusedpeft,
+        TRITON: _fusedpeft_triton,
         ATEN: _fusedpeft_aten,
         "reference": _reference,
         "addmm": _addmm,
+        "update first": _update_first,
         "unsloth": _unsloth,
         FLOOR: _frozen,
     }

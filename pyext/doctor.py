@@ -11,9 +11,11 @@ import platform
 import torch
 
 from fusedpeft import __version__
+from fusedpeft.kernels.device import arch_of
 from fusedpeft.ops import adapter
 from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
+from fusedpeft.ops.lora_choice import choose as choose_on_cuda
 from fusedpeft.ops.lora_quantised import choose_impl as choose_quantised_impl
 from fusedpeft.ops.multi_lora import MAX_CUDA_TOKENS
 from fusedpeft.ops.multi_lora import choose_impl as choose_multi_impl
@@ -63,6 +65,27 @@ def _extension() -> dict:
     }
 
 
+def _lora_on_cuda(cuda: bool, triton: bool) -> list[dict]:
+    """Some shapes of a linear of 4096², R 16; Hopper's answers where there is no GPU."""
+    arch = arch_of(torch.device("cuda")) if cuda else "sm_90"
+    found = []
+    for tokens, dtype, elem_bytes in (
+        (16, "bf16", 2), (1024, "bf16", 2), (8192, "bf16", 2), (1024, "fp32", 4)
+    ):  # fmt: skip
+        for kind in ("fwd", "bwd"):
+            sizes = (tokens, 4096, 4096, 16, arch)
+            impl, why = choose_on_cuda(kind, *sizes, elem_bytes=elem_bytes)
+            if impl == "triton" and not triton:
+                impl, why = "raises", "triton is not installed: pip install triton"
+            elif not cuda:
+                why += f"; {arch}, no CUDA device here"
+            case = f"CUDA {kind}, {tokens} tokens, 4096², R 16, {dtype}"
+            found.append({"op": "lora_linear", "case": case, "impl": impl, "why": why})
+    why = "as lora_linear of all widths side by side"
+    found.append({"op": "lora_linear_multi", "case": "CUDA", "impl": "by shape", "why": why})
+    return found
+
+
 def _choices(cuda: bool, triton: bool) -> list[dict]:
     """One entry for an op and a case of it: implementation and reason, from the real dispatch."""
     most = MAX_DECODE_TOKENS
@@ -70,19 +93,15 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         (f"CPU, 1-{most} tokens, no grad", "cpu", 1, False),
         (f"CPU, more than {most} tokens, no grad", "cpu", most + 1, False),
         ("CPU, training", "cpu", 1024, True),
-        ("CUDA", "cuda", 1024, True),
     ]
     found = []
     for label, device, tokens, grad in cases:
         impl, why = choose_impl(device, tokens, grad, native is not None)
         if device == "cpu" and tokens <= most and native is None:
             why = "fusedpeft._C is not built"
-        if impl == "triton" and not triton:
-            impl, why = "raises", "triton is not installed: pip install triton"
-        elif device == "cuda" and not cuda:
-            why += "; no CUDA device here"
         for op in ("lora_linear", "lora_linear_multi"):
             found.append({"op": op, "case": label, "impl": impl, "why": why})
+    found += _lora_on_cuda(cuda, triton)
     for device in ("cpu", "cuda"):
         for tokens, label in ((MAX_CUDA_TOKENS, "1-64 tokens"), (MAX_CUDA_TOKENS + 1, "more")):
             has = hasattr(native, "multi_lora_cuda")

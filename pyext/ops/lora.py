@@ -13,14 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed, dropout_ref
-from fusedpeft.ops.lora_check import (
-    check,
-    check_native,
-    check_quantised,
-    is_plain,
-    is_sound,
-    use_triton,
-)
+from fusedpeft.ops.lora_check import check, check_native, check_quantised, is_plain, is_sound
+from fusedpeft.ops.lora_choice import use_triton
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 from fusedpeft.ops.lora_quantised import lora_quantised
@@ -56,7 +50,7 @@ def choose_impl(
     if device_type == "cuda" and dtype == torch.float64:
         return "aten", "the Triton kernels sum in fp32: fp64 takes ATen"
     if device_type == "cuda":
-        return "triton", "CUDA tensors take the Triton kernels"
+        return "by shape", "Triton or cuBLAS, as lora_choice.choose says of the sizes"
     if device_type != "cpu":
         return "aten", f"no kernel of ours for device '{device_type}'"
     if needs_grad:
@@ -87,7 +81,7 @@ _lib.define(
 
 
 def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
-    if use_triton(x, impl):
+    if use_triton("fwd", x, impl, *w.shape, a, dropout_p):
         from fusedpeft.kernels.lora import lora_fwd
 
         return lora_fwd(x, w, a, b, scale, bias, dropout_p, seed)
@@ -97,7 +91,8 @@ def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
 def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
     if impl == "":
         ok = dropout_p == 0.0 and native_ok(x, w, a, b)
-        impl = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
+        if choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0] == "native":
+            impl = "native"
     if impl == "native":
         return native_fwd(x, w, a, b, bias, scale)
     return _forward(x, w, a, b, bias, seed, scale, dropout_p, impl)[0]
@@ -105,7 +100,7 @@ def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
 
 def _backward(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
     dy = dy.contiguous()
-    if use_triton(dy, impl):
+    if use_triton("bwd", dy, impl, *w.shape, a, dropout_p):
         from fusedpeft.kernels.lora import lora_bwd
 
         grads = lora_bwd(dy, x, w, a, b, s, scale, dropout_p, seed, *need)
@@ -210,8 +205,9 @@ def lora_linear(
 
     w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form ("aten", "triton").
 
-    impl: None chooses by device and shape (`fusedpeft doctor` shows it); "native" (C++ decode, CPU,
-    at most 16 rows, no gradients), "aten", "triton" force one.
+    impl: None chooses by device and shape, on CUDA for forward and backward each (lora_choice.py;
+    `fusedpeft doctor` shows it); "native" (C++ decode, CPU, at most 16 rows, no gradients), "aten"
+    (on CUDA: cuBLAS and passes that accumulate), "triton" force one.
 
     Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
     ValueError with the expected and the given value before anything is launched.

@@ -98,11 +98,6 @@ def check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
         raise TypeError("impl='triton': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
 
 
-def use_triton(t: Tensor, impl: str) -> bool:
-    """The implementation of a call with `impl` ("": not said). The kernels sum in fp32."""
-    return impl == "triton" or (impl == "" and t.is_cuda and t.dtype != torch.float64)
-
-
 def check_quantised(x, w: QuantisedWeight, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
     """`check`, with a matrix that takes no memory in the place of w."""
     if not isinstance(x, Tensor):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed
 from fusedpeft.ops.lora import choose_impl, lora_linear, lora_linear_ref
-from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native, use_triton
+from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native
+from fusedpeft.ops.lora_choice import use_triton
 from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 
@@ -63,11 +64,17 @@ _lib.define(
 def _forward(x, ws, as_, bs, biases, seed, scales, dropout_p, impl):
     """A bias of no elements is none: gradients do not pass lists with None in them."""
     biases = [c if c.numel() else None for c in biases]
-    if use_triton(x, impl):
+    if _on_triton("fwd", x, ws, as_, dropout_p, impl):
         from fusedpeft.kernels.lora_multi import lora_multi_fwd
 
         return lora_multi_fwd(x, ws, as_, bs, scales, biases, dropout_p, seed)
     return aten_multi_fwd(x, ws, as_, bs, biases, seed, scales, dropout_p)
+
+
+def _on_triton(kind, t, ws, as_, dropout_p, impl) -> bool:
+    """As for one linear of the widths side by side, with the widest rank."""
+    a = max(as_, key=len)
+    return use_triton(kind, t, impl, sum(map(len, ws)), ws[0].shape[1], a, dropout_p)
 
 
 def _by_kind(need: list[bool], count: int) -> list[list[bool]]:
@@ -79,7 +86,7 @@ def _backward(dys, x, ws, as_, bs, s, seed, scales, dropout_p, need, impl):
     dys = [dy.contiguous() for dy in dys]
     args = (dys, x, ws, as_, bs, s)
     needs = (need[0], _by_kind(need, len(ws)))
-    if use_triton(dys[0], impl):
+    if _on_triton("bwd", dys[0], ws, as_, dropout_p, impl):
         from fusedpeft.kernels.lora_multi import lora_multi_bwd
 
         dx, *lists = lora_multi_bwd(*args, scales, dropout_p, seed, *needs)
@@ -243,7 +250,8 @@ def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Te
             check_native(x, *trio, needs_grad, dropout_p)
     elif impl is None and not needs_grad and dropout_p == 0.0:
         ok = all(native_ok(x, *t) for t in trios)
-        impl = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
+        if choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0] == "native":
+            impl = "native"
     if impl == "native":
         decode = native_fwd if plain else _decode
         return [

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedpeft import ops
+from fusedpeft.ops import lora_choice
 from fusedpeft.ops.dropout import keep_mask_ref
 
 pytestmark = [
@@ -118,6 +119,23 @@ def test_mask_is_the_specification(p):
     keep = keep_mask_ref(m, k, p, seed)
     assert torch.equal(y.detach() != 0, keep)
     assert torch.equal(dx != 0, keep)
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["odd", "few_columns", "large_tiles"])
+def test_cublas_and_passes_that_accumulate(name, dtype, adapter_dtype):
+    leaves, dy = make(SHAPES[name], dtype, adapter_dtype)
+    check(run(leaves, dy, impl="aten"), leaves, dy)
+
+
+@pytest.mark.parametrize("chosen", ["triton", "cublas"])
+def test_the_choice_is_what_runs(chosen, monkeypatch):
+    monkeypatch.setattr(lora_choice, "_cached", lambda *_, **__: (chosen, ""))
+    leaves, dy = make(SHAPES["tail_row"], torch.bfloat16)
+    forced = run(leaves, dy, impl={"triton": "triton", "cublas": "aten"}[chosen])
+    for one, two in zip(run(leaves, dy, impl=None), forced, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_offsets_past_31_bits():

@@ -255,6 +255,6 @@ def test_the_choice_of_implementation():
     assert choose_impl("cpu", 17, False)[0] == "aten"
     assert choose_impl("cpu", 1, True)[0] == "aten"
     assert choose_impl("cpu", 1, False, native_ok=False)[0] == "aten"
-    assert choose_impl("cuda", 1, False)[0] == "triton"
+    assert choose_impl("cuda", 1, False)[0] == "by shape"
     assert choose_impl("meta", 1, False)[0] == "aten"
     assert choose_impl("cuda", 1, False, dtype=torch.float64)[0] == "aten"
