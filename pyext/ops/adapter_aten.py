@@ -167,13 +167,15 @@ def aten_bwd(
         grads[6] = torch.mv(down_w.to(dtype).t(), dc).to(down_w.dtype)
     if need_x:
         w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
-        dx = _onto(dy.to(dtype), q, w) if add_x else torch.mm(q, w)
         if norm:
             row = (q * (p if c is None else p - c)).sum(1).div_(d)
             alpha = row * stats[:, 1]
+            if norm == "layer_norm":  # what a whole row of dx takes is one more column of q
+                shift = alpha * stats[:, 0] - torch.mv(q, w.sum(1)).div_(d)
+                q, w = torch.cat((q, shift[:, None]), 1), torch.cat((w, w.new_ones(1, d)))
+        dx = _onto(dy.to(dtype), q, w) if add_x else torch.mm(q, w)
+        if norm:
             dx.addcmul_(x.to(dtype), alpha[:, None], value=-1.0)
-            if norm == "layer_norm":
-                dx.add_((alpha * stats[:, 0] - torch.mv(q, w.sum(1)).div_(d))[:, None])
         grads[0] = dx.to(dy.dtype)
     return tuple(grads)
 
