@@ -50,7 +50,7 @@ class Impl:
 
     The call returns what `expected` names: a Tensor or a tuple. `flops` and `moved_bytes` are what
     its own task needs at least (a frozen linear needs less than a LoRA one); the ceiling's
-    percentage is taken against them.
+    percentage is taken against them. graph: on CUDA it is timed as a graph, as decode is run.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Impl:
     expected: Expected
     flops: float
     moved_bytes: float
+    graph: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,24 @@ def peak_bytes(call: Call, device: torch.device) -> int:
     return peak
 
 
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph; replaying it returns the same outputs."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # compiles, and sets up what is kept from call to call
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
 class Clock:
     """Times single calls on one device; `now` replaces the CPU's clock in tests."""
 
@@ -231,13 +250,17 @@ def run_case(
 def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list[Timing]:
     calls: dict[str, list[Call]] = {}
     errors: dict[str, float] = {}
+    eager: dict[str, Call] = {}
     for impl in case.impls:
-        calls[impl.name] = [impl.build(i) for i in range(case.sets)]
+        made = [impl.build(i) for i in range(case.sets)]
+        eager[impl.name] = made[0]
+        as_graph = impl.graph and case.device.type == "cuda"
+        calls[impl.name] = [captured(call) for call in made] if as_graph else made
         errors[impl.name] = check(
             f"{case.op} {case.name} {impl.name}", as_outputs(calls[impl.name][0]()), impl.expected
         )
     names = [impl.name for impl in case.impls]
-    peaks = {n: peak_bytes(calls[n][0], case.device) for n in names}
+    peaks = {n: peak_bytes(eager[n], case.device) for n in names}
     turn = 0
 
     def one_round(round_: int) -> None:

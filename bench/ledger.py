@@ -42,7 +42,7 @@ class Result:
         return [
             row
             for stem, rows in self.rows.items()
-            if kernel in sources.covers(stem, root)
+            if kernel in sources.covers(stem, root) | sources.covers(f"{stem}_cuda", root)
             for row in rows
             if row["impl"] == "fusedpeft"
         ]

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 
 #include "build_info.h"  // written by setup.py
@@ -12,6 +13,7 @@
 #include "pool.h"
 #if FUSEDPEFT_CUDA
 #include "cuda/lora_shrink.h"
+#include "cuda/multi_lora.h"
 #include "cuda/prefix_decode.h"
 #endif
 
@@ -150,9 +152,40 @@ void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int
   cuda::lora_shrink(pointer(x), pointer(a), pointer(s), m, k, r, sx, sa, ss, dtype, adapter_dtype,
                     pointer(stream));
 }
-#endif
 
-#if FUSEDPEFT_CUDA
+void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slots, Address a,
+                     Address b, Address rank, Address scale, Address flags, Address s,
+                     const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
+                     int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t a_slot, int64_t a_row,
+                     int64_t b_slot, int processors, int dtype, int adapter_dtype, Address stream) {
+  const auto parts = static_cast<int64_t>(sizes.size());
+  constexpr int64_t kMost = int64_t{1} << 30;  // these are 32 bits on the device
+  check(parts <= cuda::kMaxParts, "sizes: expected at most ", cuda::kMaxParts, " parts, got ", parts);
+  check(m <= cuda::kMostTokens, "m: expected at most ", cuda::kMostTokens, ", got ", m);
+  check(k <= kMost && count <= kMost && max_rank <= kMost, "k, count, max_rank: expected <= 2^30, got ",
+        k, ", ", count, ", ", max_rank);
+  check_matrix("x", x, m, k, sx);
+  check_matrix("w", w, n, k, sw);
+  check_matrix("y", y, m, n, n);
+  check_matrix("slots", slots, m, 1, 1);
+  check_matrix("rank", rank, count, parts, parts);
+  check_matrix("scale", scale, count, parts, parts);
+  check_matrix("a", a, count, parts * max_rank * k, a_slot);
+  check_matrix("b", b, count, n * max_rank, b_slot);
+  check(flags && s, "flags, s: expected addresses, got null");
+  cuda::MultiLora call = {pointer(x), pointer(w), pointer(bias), pointer(y),
+                          static_cast<const int32_t*>(pointer(slots)), pointer(a), pointer(b),
+                          static_cast<const int32_t*>(pointer(rank)),
+                          static_cast<const float*>(pointer(scale)),
+                          static_cast<unsigned*>(pointer(flags)), static_cast<float*>(pointer(s)), {},
+                          n, sx, sw, a_slot, a_row, b_slot, static_cast<int>(m), static_cast<int>(k),
+                          static_cast<int>(count), static_cast<int>(parts),
+                          static_cast<int>(max_rank), processors, dtype, adapter_dtype};
+  std::copy(sizes.begin(), sizes.end(), call.sizes);
+  py::gil_scoped_release release;
+  cuda::multi_lora(call, pointer(stream));
+}
+
 void prefix_decode_cuda(Address q, Address k, Address v, Address pk, Address pv, Address slots,
                         Address prefix_length, Address lengths, Address table, Address out,
                         Address lse, int b, int h, int hkv, int t, int s, int d, int slot_count,
@@ -234,6 +267,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("prefix_decode", &prefix_decode, "Attention of a few queries over prefix and keys on a CPU.");
 #if FUSEDPEFT_CUDA
   m.def("prefix_decode_cuda", &prefix_decode_cuda, "prefix_decode on a CUDA stream.");
+  m.def("multi_lora_cuda", &multi_lora_cuda, "multi_lora on a CUDA stream, for up to 64 rows.");
+  m.def("capture_id", [](Address stream) { return cuda::capture_id(pointer(stream)); },
+        "A number for the CUDA graph that the stream is being captured into, 0 for none.");
   m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
 #endif
 }

@@ -13,6 +13,9 @@ constexpr int kWarp = 32;
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 __device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline void store(float v, float* p) { *p = v; }
+__device__ inline void store(float v, __nv_bfloat16* p) { *p = __float2bfloat16(v); }
+__device__ inline void store(float v, __half* p) { *p = __float2half(v); }
 
 // N elements that are loaded in transactions of 16 bytes; the address must be a multiple of 16.
 template <class T, int N>
@@ -86,6 +89,19 @@ __device__ inline void ldmatrix(unsigned (&r)[4], const void* row) {
                  : "r"(shared_address(row))
                  : "memory");
   }
+}
+
+// 16 bytes that this block reads once and nobody writes: past the L1 cache.
+__device__ inline uint4 load_once(const void* p) {
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(global_address(p)));
+  return v;
+}
+// Has the L2 fetch the line of an address, and waits for nothing.
+__device__ inline void prefetch(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global_address(p)));
 }
 
 // Begins a copy of 16 bytes past the L1 cache, both addresses at whole 16 bytes; of the source only

@@ -250,10 +250,6 @@ __global__ void __launch_bounds__(kFmaThreads) prefix_decode_fma_kernel(Args a) 
   }
 }
 
-__device__ inline void store(float v, float* p) { *p = v; }
-__device__ inline void store(float v, __half* p) { *p = __float2half(v); }
-__device__ inline void store(float v, __nv_bfloat16* p) { *p = __float2bfloat16(v); }
-
 // A warp a query: the records that its chunks have left, in order.
 template <class T>
 __global__ void __launch_bounds__(kFmaThreads) prefix_decode_merge_kernel(Args a) {

@@ -305,6 +305,9 @@ void ldmatrix(unsigned (&r)[4], const void* row, SIMT_HERE) {
   }
 }
 
+inline uint4 load_once(const void* p) { return *static_cast<const uint4*>(p); }
+inline void prefetch(const void* p) { (void)*static_cast<const volatile char*>(p); }  // for ASan
+
 inline void cp_async16(void* shared, const void* global, unsigned bytes = 16, SIMT_HERE) {
   const simt::Site site = SIMT_SITE("cp_async16");
   simt::check_shared(shared, site);

@@ -24,10 +24,10 @@ from fusedpeft.ops.multi_lora_cpu import (
     native_fwd,
     native_ok,
 )
+from fusedpeft.ops.multi_lora_cuda import MAX_CUDA_TOKENS, check_cuda, cuda_fwd, cuda_ok, fast_ok
 from fusedpeft.ops.native import native
-from fusedpeft.ops.slots import RANK_STEP, LoRASlots, check_slots
+from fusedpeft.ops.slots import RANK_STEP, LoRASlots, check_slots, debugging
 
-MAX_CUDA_TOKENS = 64  # rows that the CUDA kernel takes; beyond, the Triton one
 IMPLS = ("native", "aten", "cuda", "triton")
 
 
@@ -52,7 +52,7 @@ def choose_impl(
 ) -> tuple[str, str]:  # fmt: skip
     """(implementation, why) that `multi_lora_linear` takes by itself. Pure; `doctor` prints it.
 
-    native_ok: the C++ kernel takes these tensors; cuda_kernel: fusedpeft._C has the CUDA one.
+    native_ok: the C++ or CUDA kernel takes these tensors; cuda_kernel: fusedpeft._C has one.
     """
     if device_type == "cuda" and dtype == torch.float64:
         return "aten", "the kernels sum in fp32: fp64 takes ATen"
@@ -60,6 +60,8 @@ def choose_impl(
         return "triton", f"more than {MAX_CUDA_TOKENS} tokens: grouped by slot"
     if device_type == "cuda" and not cuda_kernel:
         return "triton", "fusedpeft._C was built without the CUDA kernel"
+    if device_type == "cuda" and not native_ok:
+        return "triton", "strides, or a number of parts, that the CUDA kernel does not take"
     if device_type == "cuda":
         return "cuda", f"at most {MAX_CUDA_TOKENS} tokens: one launch with the base"
     if device_type != "cpu":
@@ -81,7 +83,7 @@ _lib.define(
 
 
 def _kernel(module: str, name: str):
-    """A function of a module that imports triton or needs the CUDA half: looked up when called."""
+    """A function of a module that imports triton: looked up when called."""
     try:
         return getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -94,15 +96,15 @@ def _forward(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias, impl: s
     """x [M, K]. The values of `slots` are looked at here, where they are there under a compiler."""
     check_slots(slots, x.shape[0], pool.rank)
     if impl == "":
-        cuda_kernel, ok = hasattr(native, "multi_lora_cuda"), native_ok(x, w)
+        cuda_kernel = hasattr(native, "multi_lora_cuda")
+        ok = cuda_ok(w, pool) if x.is_cuda else native_ok(x, w)
         impl = choose_impl(x.device.type, x.shape[0], ok, cuda_kernel, x.dtype)[0]
     if impl == "native":
         check_native(x, w)
         return native_fwd(x, w, pool, slots, bias)
     if impl == "cuda":
-        if x.shape[0] > MAX_CUDA_TOKENS:
-            raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {x.shape[0]}")
-        return _kernel("fusedpeft.ops.multi_lora_cuda", "cuda_fwd")(x, w, pool, slots, bias)
+        check_cuda(x, w, pool, x.shape[0])
+        return cuda_fwd(x, w, pool, slots, bias)
     if impl == "triton":
         return _kernel("fusedpeft.kernels.multi_lora", "multi_lora_fwd")(x, w, pool, slots, bias)
     return aten_fwd(x, w, pool, slots, bias)
@@ -199,8 +201,8 @@ def multi_lora_linear(
     pool is in that dtype or in fp32. slots [M] int32, one for each row: a slot of the pool, or -1
     for the base alone. Returns [*, N] in x's dtype. No gradients.
 
-    On a GPU neither slots nor ranks are read by the host: nothing is allocated but y, and a CUDA
-    graph replays after slots were rewritten. A row that names no adapter's slot (out of range, or
+    On a GPU neither slots nor ranks are read by the host: nothing is waited for, and a CUDA graph
+    replays after slots were rewritten. A row that names no adapter's slot (out of range, or
     free) comes back as NaN there, under FUSEDPEFT_DEBUG=1 and on a CPU it is an error.
 
     impl: None chooses by device and rows (`fusedpeft doctor` shows it); "native" (C++ on a CPU) and
@@ -213,8 +215,10 @@ def multi_lora_linear(
         x, w, bias = (None if t is None else t.to(dtype) for t in (x, w, bias))
     compiling = torch.compiler.is_compiling()
     if impl is None and not compiling and is_sound(x, w, pool, slots, bias):
-        if slots.shape[0] <= MAX_NATIVE_TOKENS and native_ok(x, w):
+        if x.is_cpu and slots.shape[0] <= MAX_NATIVE_TOKENS and native_ok(x, w):
             return native_fwd(x, w, pool, slots, bias)
+        if x.is_cuda and fast_ok(x, w, pool, slots) and not debugging():
+            return cuda_fwd(x, w, pool, slots, bias)
     _check(x, w, pool, bias, impl)
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not compiling and all(type(t) in PLAIN for t in (x, w, *pool[:4], slots)):

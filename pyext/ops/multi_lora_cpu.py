@@ -62,8 +62,8 @@ def check_native(x: Tensor, w: Tensor) -> None:
 
 
 def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None) -> bool:
-    """Whether plain CPU tensors would pass the checks, but for the values of `slots`, which C++
-    reads: in 3 us instead of 10, as each linear of a decoded token asks it.
+    """Whether plain tensors on a CPU or a GPU would pass the checks, but for the values of `slots`,
+    which the kernels read: in 3 us instead of 10, as each linear of a decoded token asks it.
 
     False may also mean that it takes the long list to know.
     """
@@ -96,8 +96,7 @@ def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor 
         and (a.dtype == x.dtype or a.dtype == torch.float32)
         and rank.dtype == slots.dtype == torch.int32
         and scale.dtype == torch.float32
-        and (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
-        and (rank.is_cpu and scale.is_cpu and slots.is_cpu)
+        and _together(x, w, a, b, rank, scale, slots)
         and a.stride()[2] == 1
         and b.stride()[1] == 1
         and rank.is_contiguous()
@@ -105,9 +104,17 @@ def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor 
         and (
             bias is None
             or (type(bias) in PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
-            and bias.is_cpu
+            and _together(x, bias)
         )
     )
+
+
+def _together(x: Tensor, *others: Tensor) -> bool:
+    """On one CPU or one GPU. An index is -1 for whatever is not on a GPU."""
+    if x.is_cpu:
+        return all([t.is_cpu for t in others])
+    index = x.get_device()
+    return x.is_cuda and all([t.get_device() == index for t in others])
 
 
 def _learns(*tensors: Tensor | None) -> bool:

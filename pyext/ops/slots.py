@@ -319,6 +319,11 @@ class PromptSlots(NamedTuple):
     length: Tensor  # [slots] int32
 
 
+def debugging() -> bool:
+    """Whether values of CUDA tensors are checked, for which the GPU is waited for."""
+    return os.environ.get("FUSEDPEFT_DEBUG") == "1"
+
+
 def check_slots(slots: Tensor, rows: int, size: Tensor, read: bool = True) -> None:
     """slots: one int32 for each row, -1 or a slot that holds an adapter.
 
@@ -335,7 +340,7 @@ def check_slots(slots: Tensor, rows: int, size: Tensor, read: bool = True) -> No
         )
     if slots.device != size.device:
         raise ValueError(f"slots: expected device {size.device} (as the pool), got {slots.device}")
-    if rows and read and (slots.is_cpu or os.environ.get("FUSEDPEFT_DEBUG") == "1"):
+    if rows and read and (slots.is_cpu or debugging()):
         low, high = (int(v) for v in torch.aminmax(slots))
         count = size.shape[0]
         if low < -1 or high >= count:

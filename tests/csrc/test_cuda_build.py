@@ -19,11 +19,16 @@ from fusedpeft.ops.native import native
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {  # name: instances
     "lora_shrink_kernel": 15,
+    "multi_lora_fma_kernel": 3,
+    "multi_lora_mma_kernel": 8,
     "prefix_decode_fma_kernel": 3,
     "prefix_decode_merge_kernel": 3,
     "prefix_decode_mma_kernel": 6,
 }
-MOST_REGISTERS = {"prefix_decode_mma_kernel": 255}  # shared memory bounds its blocks an SM
+MOST_REGISTERS = {
+    "prefix_decode_mma_kernel": 255,  # shared memory bounds its blocks an SM
+    "multi_lora": 168,  # two blocks of six warps an SM
+}
 INFO = native.build_info() if native is not None else {"cuda": False}
 needs_cuda_half = pytest.mark.skipif(
     not INFO["cuda"], reason="fusedpeft._C was built without its CUDA half: no nvcc, or 0 asked for"
@@ -102,8 +107,45 @@ def test_bad_input_is_refused_before_the_launch(changed, message):
         native.lora_shrink_cuda(*call.values())
 
 
+MULTI_LORA = dict(
+    x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, flags=8, s=8, sizes=(24, 8), count=3,
+    max_rank=8, m=4, k=64, n=32, sx=64, sw=64, a_slot=1024, a_row=64, b_slot=256, processors=132,
+    dtype=1, adapter_dtype=1, stream=0,
+)  # fmt: skip
+
+
+@needs_cuda_half
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"w": 0}, r"^w: expected an address, got null for \[32, 64\]$"),
+        ({"flags": 0}, "^flags, s: expected addresses, got null$"),
+        ({"m": 65}, "^m: expected at most 64, got 65$"),
+        ({"k": 2**31}, r"^k, count, max_rank: expected <= 2\^30, got 2147483648, 3, 8$"),
+        ({"sizes": (24,)}, "^sizes: expected a sum of n = 32, got 24$"),
+        ({"sizes": (2,) * 17}, "^sizes: expected at most 16 parts, got 17$"),
+        ({"sizes": ()}, "^parts: expected 1 <= parts <= 16, got 0$"),
+        ({"processors": 0}, "^processors: expected >= 1, got 0$"),
+        ({"adapter_dtype": 2}, r"^adapter_dtype: expected x's or fp32 \(0\), got 2 beside 1$"),
+    ],
+)
+def test_multi_lora_refuses_bad_input_before_the_launch(changed, message):
+    with pytest.raises(ValueError, match=message):
+        native.multi_lora_cuda(*(MULTI_LORA | changed).values())
+
+
+@needs_cuda_half
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would be made")
+@pytest.mark.parametrize("dtype, kind", [(0, "fma"), (1, "mma"), (2, "mma")])
+def test_a_failed_launch_of_multi_lora_names_its_kernel(dtype, kind):
+    call = MULTI_LORA | dict.fromkeys(("x", "w", "a", "b"), 16)
+    with pytest.raises(RuntimeError, match=f"^multi_lora_{kind}_kernel: "):
+        native.multi_lora_cuda(*(call | {"dtype": dtype, "adapter_dtype": dtype}).values())
+
+
 @needs_cuda_half
 def test_nothing_to_do_launches_nothing():
+    native.multi_lora_cuda(*(MULTI_LORA | {"m": 0}).values())
     a = torch.zeros(4, 64)  # m = 0; a launch would throw without a GPU
     native.lora_shrink_cuda(0, a.data_ptr(), 0, 0, 64, 4, 64, 64, 4, 0, 0, 0)
 

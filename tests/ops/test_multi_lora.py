@@ -215,6 +215,8 @@ def test_an_implementation_that_is_not():
     with pytest.raises(TypeError, match="impl='cuda': expected fp32, bf16 or fp16"):
         ops.multi_lora_linear(*wide, impl="cuda")
     assert ops.multi_lora_linear(*wide).dtype == torch.float64
+    with pytest.raises(ValueError, match="impl='cuda': expected CUDA tensors, got cpu"):
+        ops.multi_lora_linear(X, W, POOL, SLOTS, impl="cuda")
 
 
 def test_an_empty_batch():
@@ -232,6 +234,7 @@ def test_the_choice_of_implementation():
     assert choose_impl("cpu", 64, native_ok=False)[0] == "aten"
     assert choose_impl("cuda", 64)[0] == "cuda"
     assert choose_impl("cuda", 64, cuda_kernel=False)[0] == "triton"
+    assert choose_impl("cuda", 64, native_ok=False)[0] == "triton"
     assert choose_impl("cuda", 65)[0] == "triton"
     assert choose_impl("cuda", 1, dtype=torch.float64)[0] == "aten"
     assert choose_impl("meta", 1)[0] == "aten"

@@ -1,0 +1,122 @@
+"""Many LoRA adapters in one batch: CUDA C++, one launch with the base. See multi_lora.py."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fusedpeft.ops.native import DTYPE_CODES, native
+from fusedpeft.ops.slots import LoRASlots
+
+MAX_CUDA_TOKENS = 64  # rows that the kernel takes; beyond, the Triton one
+MAX_PARTS = 16
+LINE = 64  # bytes from one launch's flags to the next one's
+ARENA = 4096  # flags that are set up at once
+
+_arenas: list[Tensor] = []
+_free: dict[int, list[int]] = {}  # device -> addresses of flags that nobody has
+_taken: dict[tuple[int, int, int], int] = {}  # (device, stream, capture) -> address
+
+
+def cuda_ok(w: Tensor, pool: LoRASlots) -> bool:
+    """Of what `multi_lora_linear` has checked, apart from the device and the number of rows."""
+    return w.stride()[1] == 1 and len(pool.sizes) <= MAX_PARTS
+
+
+def fast_ok(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor) -> bool:
+    """Whether sound CUDA tensors go straight to `cuda_fwd`, as `choose_impl` would have it."""
+    return (
+        slots.shape[0] <= MAX_CUDA_TOKENS
+        and (x.ndim == 2 or x.is_contiguous())
+        and hasattr(native, "multi_lora_cuda")
+        and cuda_ok(w, pool)
+    )
+
+
+def check_cuda(x: Tensor, w: Tensor, pool: LoRASlots, rows: int) -> None:
+    if not x.is_cuda:
+        raise ValueError(f"impl='cuda': expected CUDA tensors, got {x.device}")
+    if not hasattr(native, "multi_lora_cuda"):
+        raise NotImplementedError(
+            "impl='cuda': fusedpeft._C was built without its CUDA half; build with FUSEDPEFT_CUDA=1"
+        )
+    if rows > MAX_CUDA_TOKENS:
+        raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {rows}")
+    if not cuda_ok(w, pool):
+        raise ValueError(
+            f"impl='cuda': expected rows of w with unit stride and at most {MAX_PARTS} parts, "
+            f"got strides {w.stride()} and {len(pool.sizes)} parts"
+        )
+
+
+def _flags(device: int, stream: int) -> int:
+    """Address of two zeros, which every launch leaves as zeros.
+
+    Launches that share them must follow each other. So they belong to a stream, and under capture
+    to a stream in one graph: two graphs may run at once whatever they were captured on.
+    """
+    key = (device, stream, native.capture_id(stream))
+    found = _taken.get(key)
+    if found is None:
+        free = _free.setdefault(device, [])
+        if not free:
+            _set_up(device, capturing=key[2] != 0)
+        found = _taken[key] = free.pop()
+    return found
+
+
+def _set_up(device: int, capturing: bool) -> None:
+    if capturing:
+        raise RuntimeError(
+            f"multi_lora_linear: expected a call on cuda:{device} before a CUDA graph is captured, "
+            "got none that left flags to take; call it once outside of the capture"
+        )
+    arena = torch.zeros(ARENA * LINE, dtype=torch.uint8, device=torch.device("cuda", device))
+    torch.cuda.current_stream(device).synchronize()  # once: other streams take flags of it as well
+    _arenas.append(arena)
+    _free[device].extend(range(arena.data_ptr(), arena.data_ptr() + ARENA * LINE, LINE))
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def cuda_fwd(
+    x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """y [*, N], fresh. x [M, K], or contiguous [*, K], M <= 64. No host synchronisation but in a
+    device's first call; can be captured after it.
+
+    x and w share fp32, bf16 or fp16; 16-bit rows that are whole pieces of 16 bytes take the tensor
+    cores. pool in x's dtype or fp32. A row whose slot holds no adapter or does not exist comes back
+    NaN. Raises RuntimeError where the launch failed.
+    """
+    m, (n, k) = slots.shape[0], w.shape
+    if x.ndim == 2 and x.stride()[1] != 1:
+        x = x.contiguous()
+    y = x.new_empty(m, n) if x.ndim == 2 else x.new_empty(*x.shape[:-1], n)
+    if m == 0 or n == 0:
+        return y
+    device = x.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return cuda_fwd(x, w, pool, slots, bias)
+    a, b, rank, scale, sizes = pool
+    most = a.shape[1] // len(sizes)
+    s = scale.new_empty(m * a.shape[1])
+    # Named: they must outlive the launch.
+    bias = None if bias is None else bias.contiguous()
+    slots = slots.contiguous()
+    a_slot, a_row, _ = a.stride()
+    stream = torch._C._cuda_getCurrentRawStream(device)  # torch.cuda.current_stream takes 1 us
+    native.multi_lora_cuda(
+        x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
+        slots.data_ptr(), a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(),
+        _flags(device, stream), s.data_ptr(), sizes, a.shape[0], most, m, k, n,
+        x.stride()[0] if x.ndim == 2 else k, w.stride()[0], a_slot, a_row, b.stride()[0],
+        _processors(device), DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype], stream,
+    )  # fmt: skip
+    return y
