@@ -12,6 +12,7 @@
 #include "cpu/cpu.h"
 #include "pool.h"
 #if FUSEDPEFT_CUDA
+#include "cuda/adapter_decode.h"
 #include "cuda/lora_shrink.h"
 #include "cuda/multi_lora.h"
 #include "cuda/prefix_decode.h"
@@ -186,6 +187,29 @@ void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slot
   cuda::multi_lora(call, pointer(stream));
 }
 
+void adapter_decode_cuda(Address x, Address residual, Address y, Address slots, Address size,
+                         Address scale, Address down, Address down_bias, Address up, Address up_bias,
+                         Address norm_weight, Address norm_bias, int64_t count, int64_t m, int64_t d,
+                         int64_t sx, int64_t sr, int64_t down_slot, int64_t down_bias_slot,
+                         int64_t up_slot, int64_t up_bias_slot, int64_t norm_weight_slot,
+                         int64_t norm_bias_slot, double eps, int norm, int activation, int dtype,
+                         int adapter_dtype, int64_t max_size, int processors, Address stream) {
+  check_matrix("x", x, m, d, sx);
+  check_matrix("y", y, m, d, d);
+  check_matrix("slots", slots, m, 1, 1);
+  check(count == 0 || (size && scale && down && up), "pool: expected addresses, got null");
+  py::gil_scoped_release release;
+  cuda::adapter_decode({pointer(x), pointer(residual), pointer(y),
+                        static_cast<const int32_t*>(pointer(slots)),
+                        static_cast<const int32_t*>(pointer(size)),
+                        static_cast<const float*>(pointer(scale)), pointer(down),
+                        pointer(down_bias), pointer(up), pointer(up_bias), pointer(norm_weight),
+                        pointer(norm_bias), count, m, d, max_size, sx, sr, down_slot, down_bias_slot,
+                        up_slot, up_bias_slot, norm_weight_slot, norm_bias_slot,
+                        static_cast<float>(eps), norm, activation, dtype, adapter_dtype, processors},
+                       pointer(stream));
+}
+
 void prefix_decode_cuda(Address q, Address k, Address v, Address pk, Address pv, Address slots,
                         Address prefix_length, Address lengths, Address table, Address out,
                         Address lse, int b, int h, int hkv, int t, int s, int d, int slot_count,
@@ -266,6 +290,7 @@ PYBIND11_MODULE(_C, m) {
   bind_slot_table(m);
   m.def("prefix_decode", &prefix_decode, "Attention of a few queries over prefix and keys on a CPU.");
 #if FUSEDPEFT_CUDA
+  m.def("adapter_decode_cuda", &adapter_decode_cuda, "adapter_decode on a CUDA stream, in one launch.");
   m.def("prefix_decode_cuda", &prefix_decode_cuda, "prefix_decode on a CUDA stream.");
   m.def("multi_lora_cuda", &multi_lora_cuda, "multi_lora on a CUDA stream, for up to 64 rows.");
   m.def("capture_id", [](Address stream) { return cuda::capture_id(pointer(stream)); },

@@ -13,10 +13,12 @@ import torch
 from fusedpeft import __version__
 from fusedpeft.kernels.device import arch_of
 from fusedpeft.ops import adapter
+from fusedpeft.ops.adapter_native import MAX_CUDA_TOKENS as MAX_ADAPTER_TOKENS
 from fusedpeft.ops.linear_logprob import choose_impl as choose_logprob_impl
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS, choose_impl
 from fusedpeft.ops.lora_choice import choose as choose_on_cuda
 from fusedpeft.ops.lora_quantised import choose_impl as choose_quantised_impl
+from fusedpeft.ops.multi_adapter import choose_impl as choose_multi_adapter_impl
 from fusedpeft.ops.multi_lora import MAX_CUDA_TOKENS
 from fusedpeft.ops.multi_lora import choose_impl as choose_multi_impl
 from fusedpeft.ops.native import native
@@ -113,6 +115,14 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
         impl, why = adapter.choose_impl(device, torch.float32)
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
+        for tokens, label in (
+            (1, f"1-{MAX_ADAPTER_TOKENS} tokens"),
+            (MAX_ADAPTER_TOKENS + 1, "more"),
+        ):
+            impl, why = choose_multi_adapter_impl(device, tokens)
+            case = f"{device.upper()}, {label}"
+            row = {"op": "multi_bottleneck_adapter", "case": case, "impl": impl, "why": why}
+            found.append(row)
         impl, why = choose_prefix_impl(device)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
         decode, why = choose_prefix_decode_impl(device, torch.float32)

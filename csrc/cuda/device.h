@@ -138,6 +138,15 @@ __device__ inline void store_release(unsigned* p, unsigned v) {
 __device__ inline void add_release(unsigned* p, unsigned v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(global_address(p)), "r"(v) : "memory");
 }
+// A number that is its own flag: seen by other blocks at some time, and orders nothing else.
+__device__ inline unsigned load_relaxed(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(global_address(p)) : "memory");
+  return v;
+}
+__device__ inline void store_relaxed(unsigned* p, unsigned v) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(global_address(p)), "r"(v) : "memory");
+}
 #endif
 
 // Waits in one thread until `*flag` is `value`; a __syncthreads behind it holds the block.

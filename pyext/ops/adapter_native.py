@@ -1,4 +1,5 @@
-"""Bottleneck adapters for few rows on a CPU, in C++: what multi_adapter.py and adapter.py call."""
+"""Bottleneck adapters for few rows in C++ on a CPU and in CUDA C++ on a GPU: what multi_adapter.py
+and, on a CPU, adapter.py call."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fusedpeft.ops.lora_check import PLAIN
 from fusedpeft.ops.native import DTYPE_CODES, native
-from fusedpeft.ops.slots import AdapterSlots
+from fusedpeft.ops.slots import AdapterSlots, check_slots
 
 # As in csrc/cpu/cpu.h.
 NORM_CODES = {"": 0, None: 0, "layer_norm": 1, "rms_norm": 2}
@@ -15,16 +16,12 @@ ACTIVATION_CODES = {
     "relu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_new": 2, "silu": 3, "swish": 3, "tanh": 4,
     "leaky_relu": 5,
 }  # fmt: skip
-
-
-def _is(t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return t is None or (
-        t.shape == shape and t.dtype == dtype and t.is_contiguous() and t.is_cpu
-    )  # fmt: skip
+MAX_CUDA_TOKENS, MAX_CUDA_SIZE = 256, 2048  # rows and E; as in csrc/cuda/adapter_decode.h
 
 
 def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool:
-    """Whether `check_multi` would pass contiguous CPU tensors, in 6 us instead of 30.
+    """Whether `check_multi` would pass contiguous tensors that the kernels here take, in 6 us on a
+    CPU instead of 30.
 
     False may also mean that it takes the long list to know.
     """
@@ -33,7 +30,13 @@ def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool
     down, down_bias, up, up_bias, size, scale, own_w, own_b = pool
     if down.ndim != 3 or activation not in ACTIVATION_CODES or norm not in NORM_CODES:
         return False
-    (count, most, d), dtype, shape = down.shape, down.dtype, x.shape
+    (count, most, d), dtype, shape, where = down.shape, down.dtype, x.shape, x.get_device()
+
+    def _is(t: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        return t is None or (
+            t.shape == shape and t.dtype == dtype and t.is_contiguous() and t.get_device() == where
+        )
+
     if norm is None:
         norms = norm_w is None and norm_b is None and own_w is None and own_b is None
     else:
@@ -44,6 +47,7 @@ def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool
     return (
         norms
         and d > 0
+        and (x.is_cpu or (x.is_cuda and cuda_takes(x.numel() // d, most)))
         and most % 8 == 0
         and x.dtype in DTYPE_CODES
         and (dtype == x.dtype or dtype == torch.float32)
@@ -60,6 +64,12 @@ def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool
     )
 
 
+def cuda_takes(tokens: int, max_size: int) -> bool:
+    """Whether the CUDA kernel is there and takes so many rows and so wide adapters."""
+    fits = tokens <= MAX_CUDA_TOKENS and max_size <= MAX_CUDA_SIZE
+    return fits and hasattr(native, "adapter_decode_cuda")
+
+
 def _row_stride(t: Tensor) -> int:
     return t.stride()[0] if t.ndim == 2 else t.shape[-1]
 
@@ -69,7 +79,8 @@ def _address(t: Tensor | None) -> int:
 
 
 def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation, norm, eps):
-    """x, residual: [M, d] with unit inner stride, or contiguous [*, d]. Checks slots' values."""
+    """x, residual: [M, d] with unit inner stride, or contiguous [*, d]. Checks slots' values, of
+    CUDA tensors as `check_slots` does."""
     down, down_bias, up, up_bias, size, scale, own_w, own_b = pool
     if own_w is None:
         own = (0, 0)
@@ -80,8 +91,7 @@ def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation
             (own_w.stride()[0], own_b.stride()[0] if own_b is not None else 0),
         )
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
-    native.adapter_decode(
+    given = (
         x.data_ptr(), _address(residual), y.data_ptr(), slots.data_ptr(), size.data_ptr(),
         scale.data_ptr(), down.data_ptr(), down_bias.data_ptr(), up.data_ptr(), up_bias.data_ptr(),
         _address(norm_w), _address(norm_b),
@@ -91,4 +101,13 @@ def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation
         eps, NORM_CODES[norm], ACTIVATION_CODES[activation],
         DTYPE_CODES[x.dtype], DTYPE_CODES[down.dtype],
     )  # fmt: skip
+    if x.is_cpu:
+        torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said
+        native.adapter_decode(*given)
+        return y
+    check_slots(slots, slots.shape[0], size)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        native.adapter_decode_cuda(*given, down.shape[1], processors, stream)
     return y

@@ -14,7 +14,13 @@ from torch import Tensor
 from fusedpeft.ops.adapter import _norm, bottleneck_adapter_ref
 from fusedpeft.ops.adapter_aten import aten_fwd
 from fusedpeft.ops.adapter_checks import check_multi
-from fusedpeft.ops.adapter_native import is_sound, multi_fwd
+from fusedpeft.ops.adapter_native import (
+    MAX_CUDA_SIZE,
+    MAX_CUDA_TOKENS,
+    cuda_takes,
+    is_sound,
+    multi_fwd,
+)
 from fusedpeft.ops.lora_check import PLAIN
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import Adapter, AdapterSlots, check_slots
@@ -38,14 +44,33 @@ def multi_bottleneck_adapter_ref(
     return torch.cat(ys).view(x.shape)
 
 
-IMPLS = ("native", "aten")
+IMPLS = ("native", "cuda", "aten")
 
 
-def choose_impl(device_type: str, native_ok: bool = True) -> tuple[str, str]:
-    """(implementation, why) that `multi_bottleneck_adapter` takes by itself. Pure."""
-    if device_type == "cpu" and native_ok:
+def choose_impl(
+    device_type: str, tokens: int = 1, max_size: int = 8,
+    cpu_half: bool | None = None, cuda_half: bool | None = None,
+) -> tuple[str, str]:  # fmt: skip
+    """(implementation, why) that `multi_bottleneck_adapter` takes by itself; `doctor` prints it.
+
+    Pure but for cpu_half and cuda_half of fusedpeft._C, by default as they are built.
+    """
+    cpu_half = native is not None if cpu_half is None else cpu_half
+    cuda_half = hasattr(native, "adapter_decode_cuda") if cuda_half is None else cuda_half
+    if device_type == "cpu" and cpu_half:
         return "native", "one parallel region in C++, rows that share a slot share its reads"
-    return "aten", "rows that name one slot together, slot by slot"
+    slow = "rows that name one slot together, slot by slot"
+    if device_type != "cuda":
+        return "aten", slow
+    if not cuda_half:
+        return (
+            "aten",
+            f"fusedpeft._C was built without the CUDA kernel: {slow}, waiting for the GPU",
+        )
+    if tokens > MAX_CUDA_TOKENS or max_size > MAX_CUDA_SIZE:
+        most = f"more than {MAX_CUDA_TOKENS} tokens or a slot wider than {MAX_CUDA_SIZE}"
+        return "aten", f"{most}: {slow}"
+    return "cuda", "one launch, which finds on the GPU who shares a slot"
 
 
 def _aten(x, pool: AdapterSlots, slots, residual, norms, activation, norm, eps, add_x) -> Tensor:
@@ -83,13 +108,30 @@ _lib.define(
 def _forward(x, pool, slots, residual, norm_w, norm_b, activation, norm, eps, add_x, impl):
     """x, residual [M, d]; pool: the tensors of `AdapterSlots` that are there."""
     pool = AdapterSlots(*pool)
-    if (impl or choose_impl(x.device.type, native is not None)[0]) == "native":
-        check_slots(slots, x.shape[0], pool.size, read=False)  # the kernel reads them
-        x, residual = _unit(x), _unit(x if add_x else residual)
-        norms = (None if t is None else t.contiguous() for t in (norm_w, norm_b))
-        return multi_fwd(x, pool, slots.contiguous(), residual, *norms, activation, norm, eps)
-    check_slots(slots, x.shape[0], pool.size)
-    return _aten(x, pool, slots, residual, (norm_w, norm_b), activation, norm, eps, add_x)
+    most = pool.down.shape[1]
+    impl = impl or choose_impl(x.device.type, x.shape[0], most)[0]
+    check_slots(slots, x.shape[0], pool.size, read=impl == "aten")  # else multi_fwd reads them
+    if impl == "aten":
+        return _aten(x, pool, slots, residual, (norm_w, norm_b), activation, norm, eps, add_x)
+    _check_impl(impl, x, most)
+    x, residual = _unit(x), _unit(x if add_x else residual)
+    norms = (None if t is None else t.contiguous() for t in (norm_w, norm_b))
+    return multi_fwd(x, pool, slots.contiguous(), residual, *norms, activation, norm, eps)
+
+
+def _check_impl(impl: str, x: Tensor, max_size: int) -> None:
+    device, name = {
+        "native": ("cpu", "adapter_decode"), "cuda": ("cuda", "adapter_decode_cuda")
+    }[impl]  # fmt: skip
+    if not hasattr(native, name):
+        how = "pip install -e . with FUSEDPEFT_CUDA=1" if impl == "cuda" else "pip install -e ."
+        raise ValueError(f"impl={impl!r}: expected fusedpeft._C with its kernel; build it: {how}")
+    if x.device.type != device:
+        raise ValueError(f"impl={impl!r}: expected {device} tensors, got {x.device}")
+    if impl == "cuda" and not cuda_takes(x.shape[0], max_size):
+        most = f"<= {MAX_CUDA_TOKENS} rows and max_size <= {MAX_CUDA_SIZE}"
+        got = f"{x.shape[0]} and {max_size}"
+        raise ValueError(f"impl='cuda': expected {most}, got {got}; use 'aten'")
 
 
 def _unit(t: Tensor | None) -> Tensor | None:
@@ -144,9 +186,10 @@ def multi_bottleneck_adapter(
 
     A slot that is out of range or free raises on a CPU, before anything is computed; on a GPU its
     rows are NaN, unless FUSEDPEFT_DEBUG=1 asks for the check. No gradients: RuntimeError.
-    impl: None chooses by device (`fusedpeft doctor` shows it); "aten" forces the slow one, which on
-    a GPU waits for the values of `slots`. Raises TypeError or ValueError with the expected and the
-    given value before anything is computed.
+    impl: None chooses by device (`fusedpeft doctor` shows it); "native" (C++), "cuda" (up to 256
+    rows and E 2048) and "aten", which on a GPU waits for the values of `slots`, force one. What
+    "cuda" does can be captured; slots and sizes must not change while it runs. Raises TypeError or
+    ValueError with the expected and the given value before anything is computed.
     """
     before = norm is not None and norm_position == "before"
     grads = torch.is_grad_enabled()

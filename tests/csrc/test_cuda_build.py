@@ -18,6 +18,7 @@ from fusedpeft.ops.native import native
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {  # name: instances
+    "adapter_decode_kernel": 10,
     "lora_shrink_kernel": 15,
     "multi_lora_fma_kernel": 3,
     "multi_lora_mma_kernel": 8,
