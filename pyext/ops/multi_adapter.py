@@ -62,11 +62,9 @@ def choose_impl(
     slow = "rows that name one slot together, slot by slot"
     if device_type != "cuda":
         return "aten", slow
+    slow += ", waiting for the GPU"
     if not cuda_half:
-        return (
-            "aten",
-            f"fusedpeft._C was built without the CUDA kernel: {slow}, waiting for the GPU",
-        )
+        return "aten", f"fusedpeft._C was built without the CUDA kernel: {slow}"
     if tokens > MAX_CUDA_TOKENS or max_size > MAX_CUDA_SIZE:
         most = f"more than {MAX_CUDA_TOKENS} tokens or a slot wider than {MAX_CUDA_SIZE}"
         return "aten", f"{most}: {slow}"
