@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fusedpeft.layers.routing import Route, check_rows
-from fusedpeft.ops import lora_linear
+from fusedpeft.ops import lora_linear, lora_linear_multi
 
 
 def wide(t: Tensor) -> Tensor:
@@ -41,6 +41,70 @@ class LoraAdapter(nn.Module):
         return self.scale * (wide(self.lora_B) @ wide(self.lora_A))
 
 
+class Siblings:
+    """Linears of one module that read the same x (q, k and v; gate and up), in training: the first
+    that is called computes for all, in one node of autograd, and the others take their part where
+    they are handed the very same x, unwritten since. Who is not computes alone.
+    """
+
+    MISSES = 3  # passes in a row that left a part behind: this model hands them different ones
+
+    def __init__(self, linears: tuple[LoraLinear, ...]):
+        self.linears = linears
+        self._forget()
+        self.misses = 0
+
+    def _forget(self) -> None:
+        self._x, self._version, self._parts = None, 0, {}
+
+    def __getstate__(self) -> dict:  # a copy of the model begins between two passes
+        return {"linears": self.linears, "misses": 0, "_x": None, "_version": 0, "_parts": {}}
+
+    def take(self, linear: LoraLinear, x: Tensor) -> Tensor | None:
+        """`linear`'s y, or None: to be computed alone."""
+        p = self.linears[0]._active[0].dropout
+        # In training also without gradients: reentrant checkpointing is to draw the same mask.
+        if not (torch.is_grad_enabled() or (p > 0.0 and linear.training)):
+            return None
+        if self._x is x and self._version == x._version and id(linear) in self._parts:
+            y = self._parts.pop(id(linear))
+            if not self._parts:
+                self._forget()
+                self.misses = 0
+            return y
+        if self._parts:
+            self._forget()
+            self.misses += 1
+        if self.misses >= self.MISSES or not self._alike(x):
+            return None
+        adapters = [one._active[0] for one in self.linears]
+        ys = lora_linear_multi(
+            x,
+            [one.weight_nk() for one in self.linears],
+            [a.lora_A for a in adapters],
+            [a.lora_B for a in adapters],
+            [a.scale for a in adapters],
+            [one.base_layer.bias for one in self.linears],
+            dropout_p=p if linear.training else 0.0,
+            magnitudes=[a.lora_magnitude_vector for a in adapters],
+        )
+        self._parts = {id(one): y for one, y in zip(self.linears, ys, strict=True)}
+        self._x, self._version = x, x._version
+        return self._parts.pop(id(linear))
+
+    def _alike(self, x: Tensor) -> bool:
+        """No sibling is offloaded, sharded by itself, routed or in another mode."""
+        first = self.linears[0]
+        return all(
+            type(one.base_layer.weight) is nn.Parameter
+            and type(one._active[0].lora_A) is nn.Parameter
+            and one.base_layer.weight.device == x.device
+            and one._route is None
+            and one.training == first.training
+            for one in self.linears
+        )
+
+
 class LoraLinear(nn.Module):
     """Stands where a linear stood: holds it as `base_layer`, and the adapters by name.
 
@@ -59,6 +123,7 @@ class LoraLinear(nn.Module):
         # All that forward reads, built beforehand. Empty: the base alone (none active, or merged).
         self._active: tuple[LoraAdapter, ...] = ()
         self._route: Route | None = None  # within `rows`: an adapter a row
+        self._siblings: Siblings | None = None
         self.training = base_layer.training
 
     # Models ask their linears for these (T5 reads `wo.weight.dtype`).
@@ -98,16 +163,20 @@ class LoraLinear(nn.Module):
             return self._by_row(x, self._route)
         if not active:
             return base(x)
+        siblings = self._siblings
+        if siblings is not None and not torch.compiler.is_compiling():
+            y = siblings.take(self, x)
+            if y is not None:
+                return y
         y = self._fused(x, active[0])
         for adapter in active[1:]:
             y = (y + self._update(x, adapter)).to(y.dtype)
         return y
 
     def _fused(self, x: Tensor, adapter: LoraAdapter) -> Tensor:
-        weight = self.base_layer.weight
         return lora_linear(
             x,
-            weight.t() if self.transposed else weight,
+            self.weight_nk(),
             adapter.lora_A,
             adapter.lora_B,
             adapter.scale,

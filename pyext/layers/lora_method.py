@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import LoRA
-from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.lora import LoraLinear, Siblings
 from fusedpeft.layers.routing import route_of
-from fusedpeft.layers.targets import match_targets
+from fusedpeft.layers.targets import CROSS, SIBLINGS, match_targets
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -57,6 +57,24 @@ def check_together(wanted: Mapping[str, LoRA]) -> None:
 def activate(model: nn.Module, names: Sequence[str]) -> None:
     for _, module in lora_modules(model):
         module.activate(names)
+        module._siblings = None
+    for path, parent in model.named_modules():
+        if path.rpartition(".")[2] in CROSS or getattr(parent, "is_cross_attention", False):
+            continue  # its q reads another x
+        for group in SIBLINGS:
+            linears = tuple(getattr(parent, name, None) for name in group)
+            if _of_one_kind(linears):
+                siblings = Siblings(linears)
+                for linear in linears:
+                    linear._siblings = siblings
+
+
+def _of_one_kind(linears: tuple[nn.Module | None, ...]) -> bool:
+    """One adapter acts on each, with the same dropout and dtype."""
+    if not all(isinstance(one, LoraLinear) and len(one._active) == 1 for one in linears):
+        return False
+    kinds = {(one._active[0].dropout, one._active[0].lora_A.dtype) for one in linears}
+    return len(kinds) == 1 and len({id(one) for one in linears}) == len(linears)
 
 
 def route(model: nn.Module, names: Sequence[str | None] | None) -> None:

@@ -19,6 +19,7 @@ from fusedpeft.errors import InputError
 from fusedpeft.layers.attention import CHILD, IMPLEMENTATION
 from fusedpeft.layers.config import PrefixTuning
 from fusedpeft.layers.routing import check_rows
+from fusedpeft.layers.targets import CROSS
 
 _INIT_STD = 0.02  # as in the paper's code
 
@@ -201,9 +202,6 @@ class Shape(NamedTuple):
     hidden: int
 
 
-_CROSS = ("EncDecAttention", "encoder_attn", "crossattention")  # over what the encoder gave
-
-
 def stack_of(model: nn.Module) -> nn.Module:
     """The module whose layers have the prefix: the backbone, an encoder-decoder's decoder."""
     backbone = getattr(model, "base_model", model)
@@ -218,7 +216,7 @@ def attention_layers(stack: nn.Module) -> list[nn.Module]:
         for path, m in stack.named_modules()
         if type(m).__name__.endswith("Attention")
         and isinstance(getattr(m, "layer_idx", None), int)
-        and path.rpartition(".")[2] not in _CROSS
+        and path.rpartition(".")[2] not in CROSS
         and ".crossattention." not in path
     ]
     return sorted(found, key=lambda m: m.layer_idx)

@@ -13,6 +13,14 @@ from fusedpeft.errors import InputError
 from fusedpeft.layers.config import ALL_LINEAR
 from fusedpeft.layers.lora import LoraLinear
 
+SIBLINGS = (  # children of one module that read the same x, in the order of a stacked weight
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+)
+CROSS = ("EncDecAttention", "encoder_attn", "crossattention")  # attention over what an encoder gave
 # Children of a classification model that are its head, which is trained as a whole or not at all.
 CLASSIFIERS = ("score", "classifier", "classification_head", "qa_outputs")
 

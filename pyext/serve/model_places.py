@@ -10,16 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.prefix import attention_layers, shape_of
-from fusedpeft.layers.targets import match_targets
+from fusedpeft.layers.targets import SIBLINGS, match_targets
 from fusedpeft.serve.places import Places
-
-SIBLINGS = (  # children of one module that read the same x, in the order of the stacked weight
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("q", "k", "v"),
-    ("gate_proj", "up_proj"),
-    ("wi_0", "wi_1"),
-)
 
 
 def width(linear: nn.Module) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """Adapted models in training and generation: dropout, checkpointing, compile, autocast."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +157,82 @@ def test_a_compiled_model_follows_activate_and_merge(llama, ids, stir, tmp_path)
             fp.detach(model, name)
         torch.testing.assert_close(model(ids).logits, llama(ids).logits, rtol=0, atol=1e-6)
         assert not torch.allclose(one, llama(ids).logits, atol=1e-3)
+
+
+# --- linears that read the same x ---------------------------------------------------------------
+
+
+def counted(monkeypatch):
+    from fusedpeft.layers import lora
+
+    calls = {"multi": 0, "single": 0}
+
+    def count(kind, op):
+        return lambda *a, **k: (calls.__setitem__(kind, calls[kind] + 1), op(*a, **k))[1]
+
+    monkeypatch.setattr(lora, "lora_linear_multi", count("multi", lora.lora_linear_multi))
+    monkeypatch.setattr(lora, "lora_linear", count("single", lora.lora_linear))
+    return calls
+
+
+@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"targets": ["q_proj", "v_proj"]}])
+def test_siblings_are_one_node_in_training(llama, ids, stir, settings, monkeypatch):
+    model = stir(fp.attach(llama, fp.LoRA(rank=3, **settings)))
+    together = gradients(copy.deepcopy(model), ids)
+    calls = counted(monkeypatch)
+    copied = copy.deepcopy(model)
+    gradients(copied, ids)
+    one = "targets" in settings  # without k they are not all there
+    assert calls == ({"multi": 0, "single": 4} if one else {"multi": 4, "single": 4})
+    for module in model.modules():
+        module._siblings = None
+    assert_same(gradients(model, ids), together, atol=1e-6)
+    with torch.no_grad():
+        calls.update(multi=0, single=0)
+        copied(ids)
+    assert calls["multi"] == 0
+
+
+def test_siblings_that_read_another_x(stir, monkeypatch):
+    class Cross(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(8, 4) for _ in range(3))
+
+        def forward(self, x, z):
+            return self.q_proj(x), self.k_proj(z), self.v_proj(z)
+
+    model = stir(fp.attach(Cross(), fp.LoRA(rank=2)))
+    x, z = torch.randn(5, 8), torch.randn(6, 8)
+    calls = counted(monkeypatch)
+    for _ in range(5):
+        model.zero_grad()
+        q, k, v = model(x, z)
+        alone = [
+            one._fused(t, one._active[0])
+            for one, t in zip(model.children(), (x, z, z), strict=True)
+        ]
+        for one, two in zip((q, k, v), alone, strict=True):
+            torch.testing.assert_close(one, two)
+        (q.sum() + k.sum() + v.sum()).backward()
+        assert all(p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
+    before = calls["multi"]
+    model(x, z)
+    assert calls["multi"] == before <= 6  # no longer tried
+
+
+def test_siblings_see_that_x_was_written(stir):
+    class Written(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            gate = self.gate_proj(x)
+            return gate, self.up_proj(x.mul_(2))
+
+    model = stir(fp.attach(Written(), fp.LoRA(rank=2)))
+    x = torch.randn(5, 8)
+    gate, up = model(x.clone())
+    torch.testing.assert_close(gate, model.gate_proj(x))
+    torch.testing.assert_close(up, model.up_proj(2 * x))
