@@ -5,12 +5,12 @@
     python -m fusedpeft.bench.aot --every 8 --check    a sample, against the committed tables
 
 A row: op, kernel, arch, configuration, registers a thread, spills (stack bytes on NVIDIA, vector
-registers and scratch bytes on AMD), shared memory, blocks that fit on one SM or CU, and whether the
-tensor cores of Hopper are used (`wgmma` in the PTX). --check exits with 1 on a spill, on more
-shared memory than the chip has, or on a 16-bit product of at least 64 rows that should use wgmma
-(`Spec.wgmma`) and does not on sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple
-of 16 and ranks that are not ("any rank"); other sizes divisible by 16 and unit inner strides, as
-models have.
+registers and scratch bytes on AMD), shared memory, blocks that fit on one SM or CU, whether the
+tensor cores of Hopper are used (`wgmma` in the PTX), and TMA where the kernel takes descriptors.
+--check exits with 1 on a spill, on more shared memory than the chip has, on descriptors without
+TMA, or on a 16-bit product of at least 64 rows that should use wgmma (`Spec.wgmma`) and does not on
+sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple of 16 and ranks that are not
+("any rank"); other sizes divisible by 16 and unit inner strides, as models have.
 
 The committed tables, bench/results/aot/OP.json, name the code that they were compiled from, so that
 a change to a kernel or its tiles asks for --save again. --check compares what it compiled with them
@@ -46,6 +46,8 @@ def problems(row: dict) -> list[str]:
     expected = specs(row["op"])[row["kernel"]].wgmma and row["config"]["BLOCK_M"] >= 64
     if row["arch"] == "sm_90" and row["elem_bytes"] == 2 and expected and not row["wgmma"]:
         found.append("no wgmma")
+    if not row.get("tma", True):
+        found.append("no TMA")
     if row["blocks_per_sm"] < 1:
         found.append("does not fit an SM")
     return found

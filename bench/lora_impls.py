@@ -1,7 +1,7 @@
 """The contestants of the LoRA bench: ours, plain torch in three forms, PEFT's module, Unsloth.
 
-On CUDA ours runs as it chooses by itself, as the Triton kernels ("triton") and as cuBLAS with an
-accumulating pass ("aten"), so that a run says what to choose for which shape:
+On CUDA ours runs as it chooses by itself, as the Triton kernels ("triton"; "pointers" without TMA)
+and as cuBLAS with an accumulating pass ("aten"), so that a run says what to choose for which shape:
 `python -m fusedpeft.bench.lora_choice` makes the table of it.
 
 Everyone computes y = x Wᵀ + scale·(x Aᵀ) Bᵀ from the same tensors and answers to the same float64
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.bench.harness import Call, Case, Expected, Impl, cold_sets
+from fusedpeft.kernels.device import arch_of
 from fusedpeft.ops import lora_linear, lora_linear_ref
 
 FLOOR = "frozen"
-TRITON, ATEN = "fusedpeft triton", "fusedpeft aten"
-OURS = ("fusedpeft", TRITON, ATEN)
+TRITON, POINTERS, ATEN = "fusedpeft triton", "fusedpeft pointers", "fusedpeft aten"
+OURS = ("fusedpeft", TRITON, POINTERS, ATEN)
 ALL = (*OURS, "reference", "addmm", "update first", "torch.compile", "peft", "unsloth", FLOOR)
 SCALE = 2.0
 
@@ -72,6 +74,17 @@ def _fusedpeft_triton(x: Tensor, s: Weights) -> Tensor:
     return lora_linear(x, s.w, s.a, s.b, SCALE, impl="triton")
 
 
+def _without_tma(call: Call) -> Call:
+    """The same call, in which nothing suits TMA."""
+    from fusedpeft.kernels import lora_gemm
+
+    def pointers():
+        with unittest.mock.patch.object(lora_gemm, "tma_ok", lambda *_: False):
+            return call()
+
+    return pointers
+
+
 def _fusedpeft_aten(x: Tensor, s: Weights) -> Tensor:
     return lora_linear(x, s.w, s.a, s.b, SCALE, impl="aten")
 
@@ -106,10 +119,13 @@ def missing(device: torch.device) -> dict[str, str]:
     if device.type != "cuda":
         gone["unsloth"] = "CUDA only"
         gone[ATEN] = "on a CPU it is what fusedpeft takes by itself"
-        gone[TRITON] = "CUDA only"
+        gone[TRITON] = gone[POINTERS] = "CUDA only"
         gone["update first"] = "CUDA only: on a CPU 16 bits round at every step of a short product"
-    elif not importlib.util.find_spec("unsloth"):
-        gone["unsloth"] = "not installed"
+    else:
+        if not importlib.util.find_spec("unsloth"):
+            gone["unsloth"] = "not installed"
+        if arch_of(device) != "sm_90":
+            gone[POINTERS] = f"without Hopper's TMA it is {TRITON}"
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         gone["torch.compile"] = "no C++ compiler (inductor needs g++)"
     return gone
@@ -200,13 +216,15 @@ def make_case(
                 module = _peft_module(sets[i])
                 return _call(kind, lambda x_, _s: module(x_), x, sets[i], dy, True)
             forward = compile_once() if name == "torch.compile" else plain[name]
-            return _call(kind, forward, x, sets[i], dy, name != FLOOR)
+            call = _call(kind, forward, x, sets[i], dy, name != FLOOR)
+            return _without_tma(call) if name == POINTERS else call
 
         return of
 
     plain: dict[str, Forward] = {
         "fusedpeft": _fusedpeft,
         TRITON: _fusedpeft_triton,
+        POINTERS: _fusedpeft_triton,
         ATEN: _fusedpeft_aten,
         "reference": _reference,
         "addmm": _addmm,

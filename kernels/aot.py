@@ -47,14 +47,16 @@ class Spec:
     unit: strides that are 1. types: argument -> Triton's type, or "adapter" for a pointer to
     elements of row["adapter_bytes"], or "halves" for an fp32 accumulator that 16-bit inputs keep as
     int16 halves of its bits; unless said, `*_ptr` points to the input's dtype
-    (row["elem_bytes"]), `*scale` is fp32 and anything else an i32 divisible by 16. ragged: integers
-    that are not. rank: integers that are not where row["wide_rank"] is false. wgmma: a product that
-    must use Hopper's tensor cores from 64 rows on.
+    (row["elem_bytes"]), `*scale` is fp32 and anything else an i32 divisible by 16. tiles: TMA
+    descriptor -> the constants that are its block. ragged: integers that are not. rank: integers
+    that are not where row["wide_rank"] is false. wgmma: a product that must use Hopper's tensor
+    cores from 64 rows on.
     """
 
     fn: triton.JITFunction
     unit: str = ""
     types: Mapping[str, str] = field(default_factory=dict)
+    tiles: Mapping[str, str] = field(default_factory=dict)
     ragged: str = ""
     rank: str = ""
     wgmma: bool = False
@@ -62,6 +64,9 @@ class Spec:
     def type_of(self, name: str, row: dict) -> str:
         pointers = {2: "*bf16", 4: "*fp32"}
         kind = self.types.get(name)
+        if name in self.tiles:
+            block = ",".join(str(row["config"][size]) for size in self.tiles[name].split())
+            return f"tensordesc<{pointers[row['elem_bytes']][1:]}[{block}]>"
         if kind == "adapter":
             return pointers[row["adapter_bytes"]]
         if kind == "halves":
@@ -96,7 +101,7 @@ def compile_row(op: str, row: dict, arch: str):
             signature[name] = "constexpr"
             continue
         signature[name] = spec.type_of(name, row)
-        if signature[name] != "fp32" and name not in ragged:
+        if signature[name] != "fp32" and name not in ragged and name not in spec.tiles:
             attrs[(i,)] = [["tt.divisibility", 16]]
     options = {k: row["config"][k] for k in _OPTIONS}
     source = ASTSource(spec.fn, signature, constants, attrs)
@@ -139,9 +144,10 @@ def _blocks_per_sm(arch: str, registers: int, shared: int, warps: int) -> int:
 def measure(job: tuple[str, str, dict]) -> dict:
     """Compile one row (op, arch, row) and read its figures."""
     op, arch, row = job
-    kernel = compile_row(op, row, arch)
+    spec, kernel = specs(op)[row["kernel"]], compile_row(op, row, arch)
     shared = kernel.metadata.shared
     scalar = 0
+    more = {"tma": "cp.async.bulk.tensor" in kernel.asm["ptx"]} if spec.tiles else {}
     if arch == "gfx942":
         registers, spills, scalar = _amd_usage(kernel.asm["amdgcn"])
     else:
@@ -154,4 +160,5 @@ def measure(job: tuple[str, str, dict]) -> dict:
         "shared_bytes": shared,
         "blocks_per_sm": _blocks_per_sm(arch, registers, shared, row["config"]["num_warps"]),
         "wgmma": "wgmma.mma_async" in kernel.asm.get("ptx", ""),
+        **more,
     }

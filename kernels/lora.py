@@ -105,5 +105,6 @@ def lora_fwd(
     bias = None if bias is None else bias.contiguous()
     if not fuse:
         shrink(x, a, s, dropout_p, seed, cfg["shrink"])
-    lora_gemm(x, w.t(), a.t(), b.t(), s, y, scale, cfg["gemm"], bias=bias, fuse_s=fuse)
+    args = (x, w.t(), a.t(), b.t(), s, y, scale, cfg["gemm"])
+    lora_gemm(*args, tma=cfg["tma"], bias=bias, fuse_s=fuse)
     return y, s

@@ -6,6 +6,7 @@ from fusedpeft.kernels import lora, lora_bwd, lora_gemm, sums
 from fusedpeft.kernels.aot import Spec
 
 _A, _B, _S = ({f"{name}_ptr": "adapter"} for name in "abs")
+_TILES = {"x_desc": "BLOCK_M BLOCK_K", "out_desc": "BLOCK_M BLOCK_OUT"}
 _T, _SEED = {"t_ptr": "*fp32"}, {"seed_ptr": "*i64"}
 
 SPECS = {
@@ -22,6 +23,22 @@ SPECS = {
         unit="stride_xk stride_wn stride_ar stride_bn",
         types=_A | _B | _SEED | {"s_ptr": "*fp32"},
         ragged="threshold",
+        rank="R stride_sm",
+        wgmma=True,
+    ),
+    "gemm_tma": Spec(
+        lora_gemm._lora_gemm_tma_kernel,
+        unit="stride_br",
+        types=_B | _S,
+        tiles=_TILES | {"w_desc": "BLOCK_N BLOCK_K"},
+        rank="R stride_sm stride_bn",
+        wgmma=True,
+    ),
+    "gemm_tma_dx": Spec(
+        lora_gemm._lora_gemm_tma_kernel,
+        unit="stride_bn",
+        types=_B | {"s_ptr": "*fp32"},
+        tiles=_TILES | {"w_desc": "BLOCK_K BLOCK_N"},
         rank="R stride_sm",
         wgmma=True,
     ),

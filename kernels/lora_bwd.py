@@ -200,7 +200,8 @@ def lora_bwd(
         da = ordered_sum(parts, a.dtype, scale)
     if need_dx:
         dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-        lora_gemm(dy, w, b, a, t, dx, scale, cfg["gemm"], dropout_p=dropout_p, seed=seed)
+        args = (dy, w, b, a, t, dx, scale, cfg["gemm"])
+        lora_gemm(*args, tma=cfg["tma"], dropout_p=dropout_p, seed=seed)
     if need_dw:
         dw = torch.matmul(dy.t(), x)
     return dx, dw, da, db, dbias

@@ -33,6 +33,7 @@ from fusedpeft.kernels.lora_tables import (
     lora_fwd_config,
     shrink_config,
     strided_rank,
+    tma_config,
 )
 from fusedpeft.kernels.sums import ordered_sum
 
@@ -82,10 +83,10 @@ def lora_multi_fwd(
     for i, (w, y, bias) in enumerate(zip(ws, ys, biases, strict=True)):
         if (N := w.shape[0]) > 0:
             own = fuse and by[i] > 0
-            cfg = gemm_config(M, N, by[i], arch, size, fuse=own)
+            cfg, tma = (f(M, N, by[i], arch, size, fuse=own) for f in (gemm_config, tma_config))
             bias = None if bias is None else bias.contiguous()
             args = (x, w.t(), as_[i].t(), bs[i].t(), s[:, slices[i]], y, scales[i], cfg)
-            lora_gemm(*args, bias=bias, fuse_s=own)
+            lora_gemm(*args, tma=tma, bias=bias, fuse_s=own)
         elif fuse:
             s[:, slices[i]] = 0  # no output, so no gradient will read it
     return ys, s
@@ -153,8 +154,8 @@ def lora_multi_bwd(
             if dx.numel() == 0:
                 break
             if i == 0:  # the update of all of them; a dy of no columns leaves it alone
-                mask = dict(dropout_p=dropout_p, seed=seed)
-                lora_gemm(dy, w, a.t(), a, t, dx, 1.0, cfg["gemm"], **mask)
+                more = dict(tma=cfg["tma"], dropout_p=dropout_p, seed=seed)
+                lora_gemm(dy, w, a.t(), a, t, dx, 1.0, cfg["gemm"], **more)
             elif dy.shape[1] > 0:
                 add = add_config(M, K, arch, size)
                 lora_gemm(dy, w, w, w[:0], dy, dx, 1.0, add, accumulate=True)

@@ -40,6 +40,8 @@ _GEMM = {
     },
 }
 _GEMM_FP32 = _tile(64, 64, 16, 4, 2)  # "ieee" products run on FMA units: a small tile fills them
+# The TMA kernel's, for Hopper: 192 KiB of stages and 32 KiB of half a tile on its way out.
+_TMA = {**_tile(128, 256, 64, 8, 4), "BLOCK_OUT": 128}
 MAX_BLOCK_R = 64
 
 
@@ -73,6 +75,20 @@ def gemm_config(
     high = MAX_BLOCK_R if fuse else 32 if R % 16 == 0 else 16
     hold = arch == "sm_90" and tile is tiles["large"] and R <= 16 and not fuse
     return {**tile, "BLOCK_R": 16 if R <= 16 or dropout else high, "HOLD": hold}
+
+
+def tma_config(
+    M: int, N: int, R: int, arch: str, elem_bytes: int, *, dropout: bool = False, fuse: bool = False
+) -> dict | None:
+    """The tile of the persistent TMA kernel, or None where `gemm_config`'s pointer kernel is meant.
+
+    Hopper, 16 bits, a tile for every SM; no mask, and S made beforehand. The launcher takes the
+    pointer kernel all the same where TMA cannot address an operand (`lora_gemm.tma_ok`).
+    """
+    few = -(-M // _TMA["BLOCK_M"]) * -(-N // _TMA["BLOCK_N"]) < SMS["sm_90"]
+    if arch != "sm_90" or elem_bytes == 4 or dropout or fuse or few:
+        return None
+    return {**_TMA, "BLOCK_R": 32 if R > 16 and R % 16 == 0 else 16}
 
 
 def _skinny(arch: str, elem_bytes: int) -> dict:
@@ -115,11 +131,12 @@ def _fuse_shrink(M: int, N: int, R: int, dropout: bool) -> bool:
 def lora_fwd_config(
     M: int, N: int, K: int, R: int, arch: str, *, dropout: bool = False, elem_bytes: int = 2
 ) -> dict:
-    """{"fuse_shrink": bool, "gemm": …, "shrink": … or None} for y[M,N] over K with rank R."""
+    """{"fuse_shrink": bool, "gemm": …, "tma": … or None, "shrink": … or None} for y[M,N] over K."""
     fuse = _fuse_shrink(M, N, R, dropout) and R <= block_r(R, elem_bytes)
     return {
         "fuse_shrink": fuse,
         "gemm": gemm_config(M, N, R, arch, elem_bytes, fuse=fuse),
+        "tma": tma_config(M, N, R, arch, elem_bytes, fuse=fuse),
         "shrink": None if fuse else shrink_config(M, R, arch, elem_bytes),
     }
 
@@ -153,15 +170,16 @@ def _splits(blocks: int, length: int, step: int, arch: str) -> int:
 def lora_bwd_config(
     M: int, N: int, K: int, R: int, arch: str, *, dropout: bool = False, elem_bytes: int = 2
 ) -> dict:
-    """{"gemm": …, "dsdb": …, "dsdb_splits": int, "da": …, "da_splits": int}.
+    """{"gemm": …, "tma": … or None, "dsdb": …, "dsdb_splits": int, "da": …, "da_splits": int}.
 
-    gemm is for dx[M,K]; dsdb's pass over dy[M,N] splits N, da's pass over x[M,K] splits M.
+    gemm and tma are for dx[M,K]; dsdb's pass over dy[M,N] splits N, da's pass over x[M,K] splits M.
     """
     dsdb = _dsdb_config(R, arch, elem_bytes)
     da = _da_config(R, arch, elem_bytes)
     ranks = -(-R // dsdb["BLOCK_R"])
     return {
         "gemm": gemm_config(M, K, R, arch, elem_bytes, dropout=dropout),
+        "tma": tma_config(M, K, R, arch, elem_bytes, dropout=dropout),
         "dsdb": dsdb,
         "dsdb_splits": _splits(-(-M // dsdb["BLOCK_M"]) * ranks, N, 4 * dsdb["BLOCK_N"], arch),
         "da": da,
@@ -202,6 +220,10 @@ def lora_configs(arch: str) -> list[dict]:
             if not fuse:
                 add("shrink", sizes, wide, f["shrink"], DROPOUT=p)
             add("gemm_dx", sizes, wide, g["gemm"], **{**plain, "DROPOUT": p})
+            for bias in (True, False) if f["tma"] else ():
+                add("gemm_tma", sizes, wide, f["tma"], HAS_BIAS=bias, W_IS_NK=True)
+            if g["tma"]:
+                add("gemm_tma_dx", sizes, wide, g["tma"], HAS_BIAS=False, W_IS_NK=False)
             own = (sizes[0], sizes[0])
             more = add_config(m, n, arch, sizes[0])
             add("gemm_add", own, True, more, **{**plain, "ACCUMULATE": True})

@@ -37,14 +37,16 @@ class Rates:
     tb_per_s: float
     cublas: tuple[float, float]
     triton: tuple[float, float]
+    tma: float = 0.0  # Triton's persistent TMA kernel, 16 bits
 
 
 # Not measured. cuBLAS: what it is known to reach in large products, in true fp32. Triton: pointers
-# keep 0.9 of that on sm_80 and 0.8 on Hopper, where they cost issue slots and registers; fp32 on
-# FMA units, in tiles of 64 × 64, half of it.
+# keep 0.9 of that on sm_80 and 0.8 on Hopper, where loads by pointers cost issue slots and
+# registers; TMA 0.9, as without clusters each tile of x and W comes out of L2 once a block.
+# fp32 on FMA units in tiles of 64 × 64: half of it.
 PREDICTED = {
     "sm_80": Rates(1.7, (250.0, 17.0), (225.0, 8.5)),
-    "sm_90": Rates(4.3, (790.0, 50.0), (630.0, 25.0)),
+    "sm_90": Rates(4.3, (790.0, 50.0), (630.0, 25.0), 710.0),
     "gfx942": Rates(4.0, (600.0, 100.0), (450.0, 50.0)),
 }
 
@@ -82,7 +84,7 @@ def predict_us(
         columns, inner, out = k, n, m * k
         partials = 8 * -(-m // config["dsdb"]["BLOCK_M"]) * n * r  # of dB: written, then summed
         passes, launches = (m * n + m * k) * elem_bytes + partials, 6
-    rate = rates.triton[fp32]
+    rate = rates.tma if config["tma"] else rates.triton[fp32]
     least = (m * k + n * k + m * n) * elem_bytes / rates.tb_per_s
     ours = max(2.0 * m * columns * (inner + r) / rate, least)
     ours += passes / rates.tb_per_s + launches * LAUNCH_US * 1e6

@@ -9,6 +9,8 @@ from fusedpeft import ops
 from fusedpeft.ops import lora_choice
 from fusedpeft.ops.dropout import keep_mask_ref
 
+lora_gemm = pytest.importorskip("fusedpeft.kernels.lora_gemm", reason="needs triton")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -23,6 +25,7 @@ SHAPES = {  # M, N, K, R
     "few_columns": (4096, 1024, 2048, 16),
     "square": (2048, 2048, 2048, 64),
     "large_tiles": (8192, 4096, 1024, 16),
+    "large_tiles_ragged": (4100, 4104, 520, 40),
     "rank_past_the_tile": (300, 260, 520, 130),
 }
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -119,6 +122,46 @@ def test_mask_is_the_specification(p):
     keep = keep_mask_ref(m, k, p, seed)
     assert torch.equal(y.detach() != 0, keep)
     assert torch.equal(dx != 0, keep)
+
+
+@pytest.fixture
+def tma_launches(monkeypatch):
+    """The launches of the TMA kernel, as they come."""
+    if torch.version.hip or torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("needs a GPU with TMA")
+    launches, launch = [], lora_gemm._lora_gemm_tma
+    monkeypatch.setattr(lora_gemm, "_lora_gemm_tma", lambda *t: launches.append(t) or launch(*t))
+    return launches
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(8192, 4096, 4096, 16), (4100, 4104, 4040, 24)])
+def test_tma_and_pointers(tma_launches, monkeypatch, shape, adapter_dtype):
+    leaves, dy = make(shape, torch.bfloat16, adapter_dtype)
+    check(run(leaves, dy), leaves, dy)
+    assert len(tma_launches) == 2  # y and dx
+    leaves["w"].zero_()  # nothing hides the update's errors
+    leaves["bias"].zero_()
+    check(run(leaves, dy), leaves, dy)
+    monkeypatch.setattr(lora_gemm, "tma_ok", lambda *_: False)
+    check(run(leaves, dy), leaves, dy)
+    assert len(tma_launches) == 4
+
+
+def test_tma_in_a_cuda_graph_and_on_rows_that_are_part_of_wider_ones(tma_launches):
+    leaves, _ = make((4096, 4096, 1024, 16), torch.bfloat16)
+    x, w, a, b, bias = leaves.values()
+    x = torch.cat((x, x), 1)[:, :1024]
+    args = (w, a, b, SCALE, bias)
+    y = ops.lora_linear(x, *args, impl="triton")  # compiles
+    assert len(tma_launches) == 1
+    assert torch.equal(y, ops.lora_linear(x.contiguous(), *args, impl="triton"))
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = ops.lora_linear(x, *args, impl="triton")
+    x.mul_(2.0)
+    graph.replay()
+    assert torch.equal(y, ops.lora_linear(x, *args, impl="triton"))
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32])

@@ -17,7 +17,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-from fusedpeft.kernels import lora, lora_bwd, lora_tables
+from fusedpeft.kernels import lora, lora_bwd, lora_gemm, lora_tables
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora_tables import ARCHS
 from fusedpeft.ops.dropout import dropout_ref, keep_mask_ref
@@ -110,6 +110,59 @@ def test_every_table(arch, few_sms, monkeypatch):
         seed = torch.tensor([5])
         for p in (0.0, 0.25):
             check(ours(t, p, seed), t, p, seed)
+
+
+@pytest.fixture
+def one_sm_hopper(monkeypatch):
+    """A Hopper of one SM, which takes the TMA kernel where it may; returns the launches of it."""
+    monkeypatch.setattr(lora, "arch_of", lambda device: "sm_90")
+    monkeypatch.setattr(lora_bwd, "arch_of", lambda device: "sm_90")
+    monkeypatch.setitem(lora_tables.SMS, "sm_90", 1)
+    launches, launch = [], lora_gemm._lora_gemm_tma
+    monkeypatch.setattr(lora_gemm, "_lora_gemm_tma", lambda *t: launches.append(t) or launch(*t))
+    return launches
+
+
+@pytest.mark.parametrize(
+    "r, adapter_dtype, sms",
+    [(1, torch.float16, 1), (16, torch.float32, 3), (40, torch.float32, 1), (64, torch.float16, 3)],
+)
+def test_tma(one_sm_hopper, monkeypatch, r, adapter_dtype, sms):
+    """Ragged ends, several tiles a block, ranks below and above what is held; forward and dx."""
+    monkeypatch.setattr(lora_gemm, "_blocks", lambda x: sms)
+    t = make((139, 1040, 200, r), torch.float16, adapter_dtype)
+    if sms == 3:
+        t["w"].zero_()  # nothing hides the update's errors
+    check(ours(t), t)
+    assert len(one_sm_hopper) == 2
+
+
+def test_tma_adds_no_update_of_rank_0(one_sm_hopper):
+    t = make((130, 264, 72, 8), torch.float16)
+    w, out = t["w"], torch.empty((130, 264), dtype=torch.float16)
+    config = lora_tables.gemm_config(130, 264, 0, "sm_90", 2)
+    tma = lora_tables.tma_config(130, 264, 0, "sm_90", 2)
+    none = (t["a"][:0].t(), t["b"][:, :0].t(), t["x"].new_empty(130, 0))
+    lora_gemm.lora_gemm(t["x"], w.t(), *none, out, 1.0, config, tma=tma)
+    assert len(one_sm_hopper) == 1
+    ref = t["x"].double() @ w.double().T
+    assert (out.double() - ref).abs().max() <= 2**-10 * ref.abs().max()
+
+
+def test_what_tma_cannot_address_goes_by_pointers(one_sm_hopper):
+    t = make((139, 1040, 200, 16), torch.float16)
+    odd = make((139, 1041, 200, 16), torch.float16)  # y's rows begin at odd addresses
+    wide = {**t, "x": torch.stack((t["x"], t["x"]), -1)[..., 0]}
+    late = {**t, "w": torch.cat((t["w"].flatten()[:1], t["w"].flatten()))[1:].view(1040, 200)}
+    for case in (odd, wide, late):
+        one_sm_hopper.clear()
+        got = ours({**case, "dy": case["dy"]})
+        check(got, case)
+        assert len(one_sm_hopper) == (case is wide)  # dx does not read x
+    seed = torch.tensor([3])
+    one_sm_hopper.clear()
+    check(ours(t, 0.25, seed), t, 0.25, seed)
+    assert len(one_sm_hopper) == 1  # dx has a mask, y has none
 
 
 def test_frozen_base_of_zeros_shows_the_adapter():

@@ -16,7 +16,7 @@ from fusedpeft.kernels.aot import OPS, configs, specs
 from fusedpeft.kernels.device import ARCHS
 
 ROOT = Path(__file__).parents[2]
-FIGURES = {"registers", "spills", "scalar_spills", "shared_bytes", "blocks_per_sm", "wgmma"}
+FIGURES = {"registers", "spills", "scalar_spills", "shared_bytes", "blocks_per_sm", "wgmma", "tma"}
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
@@ -83,6 +83,7 @@ def test_problems_are_found():
     assert problems({**good, "spills": 8}) == ["8 spilled"]
     assert problems({**good, "shared_bytes": 232449}) == ["232449 > 232448 shared bytes"]
     assert problems({**good, "wgmma": False}) == ["no wgmma"]
+    assert problems({**good, "tma": False}) == ["no TMA"]
     assert problems({**good, "blocks_per_sm": 0}) == ["does not fit an SM"]
 
 

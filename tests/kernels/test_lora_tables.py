@@ -14,6 +14,7 @@ from fusedpeft.kernels.lora_tables import (
     lora_fwd_config,
     shrink_config,
     strided_rank,
+    tma_config,
 )
 
 
@@ -39,6 +40,10 @@ def test_every_choice_is_listed(arch):
         fuse = ("FUSE_S", "HAS_BIAS") if f["fuse_shrink"] else ("HAS_BIAS",)
         chosen = [("gemm", fuse, f["gemm"]), ("gemm_dx", drop, g["gemm"]), ("da", drop, g["da"])]
         chosen.append(("dsdb", ("NEED_DB", "NEED_DS"), g["dsdb"]))
+        if f["tma"]:
+            chosen.append(("gemm_tma", ("HAS_BIAS", "W_IS_NK"), f["tma"]))
+        if g["tma"]:
+            chosen.append(("gemm_tma_dx", (), g["tma"]))
         if f["shrink"]:
             chosen.append(("shrink", drop, f["shrink"]))
         for kernel, flags, config in chosen:
@@ -67,6 +72,8 @@ def test_every_choice_for_several_projections_is_listed(arch):
         total, size = sum(ranks), rng.choice((2, 4))
         by = strided_rank(ranks[1], ranks[0], total)
         chosen = [("gemm", ("HAS_BIAS",), gemm_config(m, n, by, arch, size))]
+        if tma := tma_config(m, n, by, arch, size):
+            chosen.append(("gemm_tma", ("HAS_BIAS", "W_IS_NK"), tma))
         chosen.append(("gemm_add", ("ACCUMULATE",), add_config(m, k, arch, size)))
         alone = lora_fwd_config(m, n, k, by, arch, elem_bytes=size)
         if m <= 64 and ranks[1] > 0 and alone["fuse_shrink"]:
@@ -80,6 +87,18 @@ def test_every_choice_for_several_projections_is_listed(arch):
         for kernel, flags, config in chosen:
             key = (kernel, size, flags, tuple(sorted(config.items())))
             assert key in known, (m, n, k, ranks, key)
+
+
+def test_tma_is_for_large_16_bit_products_of_hopper_without_a_mask():
+    shape = (8192, 4096, 4096, 16)
+    f, g = lora_fwd_config(*shape, "sm_90"), lora_bwd_config(*shape, "sm_90")
+    assert f["tma"] == g["tma"] and f["tma"]["BLOCK_OUT"] * 2 == f["tma"]["BLOCK_N"]
+    assert lora_fwd_config(*shape, "sm_90", dropout=True)["tma"]  # S has the mask, y needs none
+    assert not lora_bwd_config(*shape, "sm_90", dropout=True)["tma"]
+    assert not lora_fwd_config(*shape, "sm_90", elem_bytes=4)["tma"]
+    assert not lora_fwd_config(8192, 1024, 4096, 16, "sm_90")["tma"]  # S is made in the K loop
+    assert not lora_fwd_config(1024, 4096, 4096, 16, "sm_90")["tma"]  # 128 tiles, 132 SMs
+    assert not any(lora_fwd_config(*shape, arch)["tma"] for arch in ARCHS if arch != "sm_90")
 
 
 def test_a_neighbours_rank_spoils_the_wide_loads_of_a_multiple_of_16():

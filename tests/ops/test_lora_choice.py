@@ -40,7 +40,7 @@ def test_what_the_rule_says():
 
 
 def test_a_faster_chip_moves_the_choice(monkeypatch):
-    slow, fast = (lora_choice.Rates(4.3, (790.0, 50.0), (rate, 25.0)) for rate in (600.0, 780.0))
+    slow, fast = (lora_choice.Rates(4.3, (790.0, 50.0), (630.0, 25.0), tma) for tma in (600, 780))
     monkeypatch.setitem(PREDICTED, "sm_90", slow)
     assert choose("fwd", *MODEL, "sm_90", rows=[])[0] == "cublas"
     monkeypatch.setitem(PREDICTED, "sm_90", fast)
