@@ -58,7 +58,7 @@ def specs(device: torch.device, full: bool) -> list[Spec]:
     return [Spec("llama-64m", b, dtype) for dtype in (FP32, BF16) for b in requests]
 
 
-def _llama(spec: Spec, device: torch.device) -> nn.Module:
+def llama(spec: Spec, device: torch.device) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, wide, layers, heads, kv, vocab = SHAPES[spec.model]
@@ -142,7 +142,7 @@ def _step(model: nn.Module, cached: Tensor, token: Tensor, kwargs: dict | None =
 
 def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm: bool) -> Case:
     """One model, once with the pool, once as it is, once PEFT's; each returns the logits."""
-    base = _llama(spec, device)
+    base = llama(spec, device)
     config, n = base.config, spec.requests
     pool = fp.AdapterPool.for_model(base, slots=n, max_rank=max(RANKS))
     adapters = _adapters(pool, spec, device)

@@ -109,6 +109,7 @@ for _op, _what in (
     ("lora_multi", "ops.lora_linear_multi against lora_linear for each and the frozen linears."),
     ("lora_quantised", "ops.lora_linear over NF4 and FP8 against dequantising W in each call."),
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
+    ("adapter_decode", "ops.multi_bottleneck_adapter against plain torch; a decode step with it."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
     ("multi_lora", "ops.multi_lora_linear against PEFT's mixed batch and the frozen linear."),

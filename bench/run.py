@@ -20,6 +20,7 @@ OPS = {
     "lora_multi": "fusedpeft.bench.bench_lora_multi",
     "lora_quantised": "fusedpeft.bench.bench_lora_quantised",
     "adapter": "fusedpeft.bench.bench_adapter",
+    "adapter_decode": "fusedpeft.bench.bench_adapter_decode",
     "prefix_attention": "fusedpeft.bench.bench_prefix_attention",
     "prefix_decode": "fusedpeft.bench.bench_prefix_decode",
     "linear_logprob": "fusedpeft.bench.bench_linear_logprob",
