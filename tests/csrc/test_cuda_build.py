@@ -144,8 +144,44 @@ def test_a_failed_launch_of_multi_lora_names_its_kernel(dtype, kind):
         native.multi_lora_cuda(*(call | {"dtype": dtype, "adapter_dtype": dtype}).values())
 
 
+ADAPTER = dict(
+    x=16, residual=0, y=16, slots=8, size=8, scale=8, down=16, down_bias=16, up=16, up_bias=16,
+    norm_weight=0, norm_bias=0, count=3, m=4, d=64, sx=64, sr=0, down_slot=512, down_bias_slot=8,
+    up_slot=512, up_bias_slot=64, norm_weight_slot=0, norm_bias_slot=0, eps=1e-5, norm=0,
+    activation=0, dtype=1, adapter_dtype=1, max_size=8, processors=132, stream=0,
+)  # fmt: skip
+
+
+@needs_cuda_half
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"y": 0}, r"^y: expected an address, got null for \[4, 64\]$"),
+        ({"size": 0}, "^pool: expected addresses, got null$"),
+        ({"m": 257}, "^m: expected 0 <= m <= 256, got 257$"),
+        ({"max_size": 12}, "^max_size: expected a multiple of 8 up to 2048, got 12$"),
+        ({"max_size": 2056}, "^max_size: expected a multiple of 8 up to 2048, got 2056$"),
+        ({"activation": 6}, "^activation: expected a code 0..5, got 6$"),
+        ({"norm": 3}, "^norm: expected a code 0..2, got 3$"),
+        ({"adapter_dtype": 2}, r"^adapter_dtype: expected x's or fp32 \(0\), got 2 beside 1$"),
+        ({"processors": 0}, "^processors: expected >= 1, got 0$"),
+    ],
+)
+def test_adapter_decode_refuses_bad_input_before_the_launch(changed, message):
+    with pytest.raises(ValueError, match=message):
+        native.adapter_decode_cuda(*(ADAPTER | changed).values())
+
+
+@needs_cuda_half
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would be made")
+def test_what_fails_before_adapter_decode_is_named():
+    with pytest.raises(RuntimeError, match="^workspace: "):
+        native.adapter_decode_cuda(*ADAPTER.values())
+
+
 @needs_cuda_half
 def test_nothing_to_do_launches_nothing():
+    native.adapter_decode_cuda(*(ADAPTER | {"m": 0}).values())
     native.multi_lora_cuda(*(MULTI_LORA | {"m": 0}).values())
     a = torch.zeros(4, 64)  # m = 0; a launch would throw without a GPU
     native.lora_shrink_cuda(0, a.data_ptr(), 0, 0, 64, 4, 64, 64, 4, 0, 0, 0)

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from fusedpeft import ops
-from fusedpeft.ops import multi_adapter
 from fusedpeft.ops.adapter import ACTIVATIONS
-from fusedpeft.ops.multi_adapter import IMPLS, choose_impl
-from fusedpeft.ops.native import native
+from fusedpeft.ops.multi_adapter import IMPLS
 from fusedpeft.ops.slots import Adapter, AdapterSlots, adapter_slots
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -144,6 +142,7 @@ def test_one_adapter_is_bottleneck_adapter(impl):
 @pytest.mark.parametrize("impl", CPU_IMPLS)
 def test_strides_and_empty_batches(check_accuracy, impl):
     pool = adapters(20, (8, 5), torch.float32)
+    torch.manual_seed(0)
     wide = torch.randn(6, 47)
     kw = dict(residual=torch.randn(20, 6).t())
     for x in (wide[:, 3:23], wide[:, 1:41:2], wide[:1, :20].expand(6, 20)):
@@ -266,26 +265,3 @@ def test_what_slots_are_made_of():
         adapter_slots([None])
     with pytest.raises(ValueError, match="slots: expected >= 2, .*got 1"):
         adapter_slots([A, A], slots=1)
-
-
-def test_what_each_device_takes():
-    assert choose_impl("cpu", cpu_half=True)[0] == "native"
-    assert choose_impl("cpu", cpu_half=False)[0] == choose_impl("meta")[0] == "aten"
-    assert choose_impl("cuda", 256, 2048, cuda_half=True)[0] == "cuda"
-    for sizes in ((257, 8), (1, 2056)):
-        impl, why = choose_impl("cuda", *sizes, cuda_half=True)
-        assert impl == "aten" and "waiting for the GPU" in why
-    assert "without the CUDA kernel" in choose_impl("cuda", cuda_half=False)[1]
-
-
-@pytest.mark.skipif(not hasattr(native, "adapter_decode_cuda"), reason="needs the CUDA half")
-def test_the_cuda_kernel_takes_no_cpu_tensors():
-    with pytest.raises(ValueError, match="impl='cuda': expected cuda tensors, got cpu"):
-        ops.multi_bottleneck_adapter(X.detach(), POOL, SLOTS, impl="cuda")
-
-
-def test_the_cuda_kernel_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(multi_adapter, "native", None)
-    for impl in ("cuda", "native"):
-        with pytest.raises(ValueError, match="expected fusedpeft._C with its kernel; build it"):
-            ops.multi_bottleneck_adapter(X.detach(), POOL, SLOTS, impl=impl)
