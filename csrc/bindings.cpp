@@ -156,9 +156,10 @@ void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int
 
 void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slots, Address a,
                      Address b, Address rank, Address scale, Address flags, Address s,
-                     const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
+                     Address sums, const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
                      int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t a_slot, int64_t a_row,
-                     int64_t b_slot, int processors, int dtype, int adapter_dtype, Address stream) {
+                     int64_t b_slot, int processors, int splits, int dtype, int adapter_dtype,
+                     Address stream) {
   const auto parts = static_cast<int64_t>(sizes.size());
   constexpr int64_t kMost = int64_t{1} << 30;  // these are 32 bits on the device
   check(parts <= cuda::kMaxParts, "sizes: expected at most ", cuda::kMaxParts, " parts, got ", parts);
@@ -173,15 +174,17 @@ void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slot
   check_matrix("scale", scale, count, parts, parts);
   check_matrix("a", a, count, parts * max_rank * k, a_slot);
   check_matrix("b", b, count, n * max_rank, b_slot);
-  check(flags && s, "flags, s: expected addresses, got null");
+  check(flags && s && (sums || splits == 1), "flags, s, sums: expected addresses, got null");
   cuda::MultiLora call = {pointer(x), pointer(w), pointer(bias), pointer(y),
                           static_cast<const int32_t*>(pointer(slots)), pointer(a), pointer(b),
                           static_cast<const int32_t*>(pointer(rank)),
                           static_cast<const float*>(pointer(scale)),
-                          static_cast<unsigned*>(pointer(flags)), static_cast<float*>(pointer(s)), {},
+                          static_cast<unsigned*>(pointer(flags)), static_cast<float*>(pointer(s)),
+                          static_cast<float*>(pointer(sums)), {},
                           n, sx, sw, a_slot, a_row, b_slot, static_cast<int>(m), static_cast<int>(k),
                           static_cast<int>(count), static_cast<int>(parts),
-                          static_cast<int>(max_rank), processors, dtype, adapter_dtype};
+                          static_cast<int>(max_rank), processors, splits, dtype,
+                          adapter_dtype};
   std::copy(sizes.begin(), sizes.end(), call.sizes);
   py::gil_scoped_release release;
   cuda::multi_lora(call, pointer(stream));

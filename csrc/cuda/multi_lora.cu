@@ -5,12 +5,14 @@
 // of some rows of W: four warps stream them against all tokens of the tile, and meanwhile two more
 // look up the tokens' slots, have the L2 fetch their rows of B, wait for the flag and multiply B by s.
 // That is one more summand beside those of the four warps, so that nobody waits at the end but for
-// the slowest. Ranks are read on the device, and each token costs its own.
+// the slowest. Ranks are read on the device, and each token costs its own. Where rows are few, K is
+// split, and the tokens' adapters are dealt out to the splits: the blocks of the others leave their
+// sums in memory and end, those of the first one wait for them, behind a second flag, and finish y.
 //
-// The flag counts producers that are done. The last warp that has seen it complete resets it, for the
-// next launch in the stream or the next replay of a graph. No deadlock: a producer waits for nobody,
-// and GPUs start the blocks of a grid in the order of blockIdx, on which CUB's scans rely as well; so
-// when a consumer runs, all producers run or have run, however few blocks fit on the GPU.
+// A flag counts blocks that are done. The last block that has seen them complete resets them, for the
+// next launch in the stream or the next replay of a graph. No deadlock: who waits, waits for blocks
+// of a lower blockIdx, and GPUs start the blocks of a grid in that order, on which CUB's scans rely
+// as well; so these run or have run, however few blocks fit on the GPU.
 // Bytes: W once, A and B of each token out of memory or the L2, x a block. Sums have one order.
 #include <cmath>
 
@@ -110,22 +112,22 @@ __device__ void produce(const Args& a, float* partial) {  // partial [kThreads /
   if (threadIdx.x == 0) add_release(&a.flags[0], 1);
 }
 
-// plane[token][row] = B s for the tile, by the two warps behind the streaming ones. lengths[token]:
-// of its row of B, 0 for no adapter, -1 where there is none to find.
+// plane[token][row] = B s for the tokens of the tile that are this split's, NaN where a token names no
+// adapter's slot; by the two warps behind the streaming ones. starts, lengths [token]: its rows of B.
 template <class P, int kRows, int kTokens>
 __device__ void add_adapters(const Args& a, const Place& place, float* plane, int64_t* starts,
                              int* lengths) {
-  constexpr int kStride = kPlaneStride<kRows>, kMine = kTokens / kAdapter;
-  constexpr int kAtOnce = kWarp / kRows, kBatch = kMine / kAtOnce < 4 ? kMine / kAtOnce : 4;
-  static_assert(kMine <= kWarp && kMine % (kAtOnce * kBatch) == 0);
-  const int lane = threadIdx.x % kWarp, mine = threadIdx.x / kWarp - kStream;
-  const auto token_of = [&](int i) { return i * kAdapter + mine; };  // this warp's i-th
+  constexpr int kStride = kPlaneStride<kRows>, kBatch = 4;
+  constexpr int kLaneRows = kRows < kWarp ? kRows : kWarp, kAtOnce = kWarp / kLaneRows;
+  static_assert(kTokens <= kAdapter * kWarp);
+  const int lane = threadIdx.x % kWarp, stride = kAdapter * a.splits;
+  const int first = (threadIdx.x / kWarp - kStream) * a.splits + place.split;
+  const int count = (min(kTokens, a.m - place.token) - first + stride - 1) / stride;  // this warp's
   const P* b = static_cast<const P*>(a.b);
-  if (lane < kMine) {
-    const int token = token_of(lane);
+  if (lane < count) {
+    const int token = first + lane * stride, slot = a.slots[place.token + token];
     int length = 0;
     int64_t start = 0;
-    const int slot = place.token + token < a.m ? a.slots[place.token + token] : -1;
     if (slot != -1) {
       length = row_length(rank_of(a, slot, place.part));
       for (int part = 0; part < a.parts; ++part)
@@ -135,47 +137,49 @@ __device__ void add_adapters(const Args& a, const Place& place, float* plane, in
     }
     lengths[token] = length, starts[token] = start;
   }
-  if (lane == 0) {
-    wait_for(&a.flags[0], a.producers);
-    const unsigned all = (gridDim.x - a.producers) * kAdapter;
-    if (atomicAdd(&a.flags[1], 1u) == all - 1) a.flags[0] = 0, a.flags[1] = 0;
-  }
+  if (count <= 0) return;
+  if (lane == 0) wait_for(&a.flags[0], a.producers);
   __syncwarp();
 
-  const int row = lane % kRows, from = min(row, place.rows - 1);
 #pragma unroll 1
-  for (int i0 = lane / kRows; i0 < kMine; i0 += kAtOnce * kBatch) {
-    int length[kBatch], most = 0;
-    const P* at[kBatch];
-    const float* s[kBatch];
-    float sums[kBatch] = {};
+  for (int row0 = 0; row0 < place.rows; row0 += kLaneRows) {
+    const int row = row0 + lane % kLaneRows, from = min(row, place.rows - 1);
+#pragma unroll 1
+    for (int i0 = lane / kLaneRows; i0 < count; i0 += kAtOnce * kBatch) {
+      int length[kBatch], most = 0;
+      const P* at[kBatch];
+      const float* s[kBatch];
+      float sums[kBatch] = {};
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int token = token_of(i0 + i * kAtOnce);
-      length[i] = lengths[token];
-      most = max(most, length[i]);
-      at[i] = b + starts[token] + int64_t(from) * length[i];
-      s[i] = a.s + (int64_t(place.token + token) * a.parts + place.part) * a.max_rank;
-    }
+      for (int i = 0; i < kBatch; ++i) {  // past the end: the last one again
+        const int token = first + min(i0 + i * kAtOnce, count - 1) * stride;
+        length[i] = lengths[token];
+        most = max(most, length[i]);
+        at[i] = b + starts[token] + int64_t(from) * max(length[i], 0);
+        s[i] = a.s + (int64_t(place.token + token) * a.parts + place.part) * a.max_rank;
+      }
 #pragma unroll 1
-    for (int r = 0; r < most; r += 8)
+      for (int r = 0; r < most; r += 8)
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (r < length[i]) {
+            float bs[8];
+            load8(at[i] + r, a.aligned, bs);
+#pragma unroll
+            for (int e = 0; e < 8; ++e) sums[i] += bs[e] * s[i][r + e];
+          }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        if (r < length[i]) {
-          float bs[8];
-          load8(at[i] + r, a.aligned, bs);
-#pragma unroll
-          for (int e = 0; e < 8; ++e) sums[i] += bs[e] * s[i][r + e];
-        }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) plane[token_of(i0 + i * kAtOnce) * kStride + row] = sums[i];
+        if (i0 + i * kAtOnce < count)
+          plane[(first + (i0 + i * kAtOnce) * stride) * kStride + row] = length[i] < 0 ? NAN : sums[i];
+    }
   }
 }
 
 template <class Tile>
 constexpr int kPlane = Tile::kTokens * kPlaneStride<Tile::kRows>;
 template <class Tile>
-constexpr int kSharedBytes = (kStream + 1) * kPlane<Tile> * 4 + Tile::kTokens * 12;
+constexpr int kSharedBytes = (Tile::kShares + 1) * kPlane<Tile> * 4 + Tile::kTokens * 12;
 
 template <class T, class Tile>
 __device__ void multi_lora_block(const Args& a) {
@@ -188,8 +192,13 @@ __device__ void multi_lora_block(const Args& a) {
   }
 
   const int64_t index = blockIdx.x - a.producers;
-  Place place = {0, 0, 0, 0, int(index % a.token_tiles) * kTokens};
-  int64_t tile = index / a.token_tiles;
+  Place place = {};
+  place.split = a.splits - 1 - int(index / a.tiles);  // the first one comes last
+  const int share = (a.k / a.splits + 63) / 64 * 64;
+  place.begin = int(min(int64_t(place.split) * share, int64_t(a.k)));
+  place.end = place.split == a.splits - 1 ? a.k : min(place.begin + share, a.k);
+  int64_t tile = index % a.tiles / a.token_tiles;
+  place.token = int(index % a.token_tiles) * kTokens;
   while (tile >= (a.sizes[place.part] + kRows - 1) / kRows) {
     tile -= (a.sizes[place.part] + kRows - 1) / kRows;
     place.row += a.sizes[place.part++];
@@ -198,7 +207,7 @@ __device__ void multi_lora_block(const Args& a) {
   place.row += place.local;
   place.rows = int(min(int64_t(kRows), a.sizes[place.part] - place.local));
 
-  float* sums = planes + kStream * kPlane<Tile>;
+  float* sums = planes + Tile::kShares * kPlane<Tile>;
   int64_t* starts = reinterpret_cast<int64_t*>(sums + kPlane<Tile>);
   int* lengths = reinterpret_cast<int*>(starts + kTokens);
   if (threadIdx.x < kStream * kWarp) {
@@ -209,15 +218,35 @@ __device__ void multi_lora_block(const Args& a) {
     add_adapters<float, kRows, kTokens>(a, place, sums, starts, lengths);
   }
   __syncthreads();
+  if (place.split == 0) {
+    if (threadIdx.x == 0) {
+      wait_for(&a.flags[0], a.producers);
+      if (a.splits > 1) wait_for(&a.flags[2], unsigned(a.tiles) * (a.splits - 1));
+      if (atomicAdd(&a.flags[1], 1u) == unsigned(a.tiles) - 1)
+        a.flags[0] = a.flags[1] = a.flags[2] = 0;
+    }
+    if (a.splits > 1) __syncthreads();
+  }
   for (int i = threadIdx.x; i < kRows * kTokens; i += kThreads) {
     const int row = i % kRows, token = i / kRows;
     if (row >= place.rows || place.token + token >= a.m) continue;
-    float sum = a.bias ? to_float(static_cast<const T*>(a.bias)[place.row + row]) : 0.0f;
+    const int64_t at = (place.token + token) * a.n + place.row + row;
+    float sum = 0.0f;
 #pragma unroll
-    for (int p = 0; p <= kStream; ++p)
+    for (int p = 0; p < Tile::kShares; ++p)
       sum += planes[p * kPlane<Tile> + token * kPlaneStride<kRows> + row];
-    if (lengths[token] < 0) sum = NAN;
-    store(sum, static_cast<T*>(a.y) + (place.token + token) * a.n + place.row + row);
+    if (token % a.splits == place.split) sum += sums[token * kPlaneStride<kRows> + row];
+    if (place.split > 0) {
+      a.sums[(place.split - 1) * a.m * a.n + at] = sum;
+      continue;
+    }
+    for (int split = 1; split < a.splits; ++split) sum += a.sums[(split - 1) * a.m * a.n + at];
+    if (a.bias) sum += to_float(static_cast<const T*>(a.bias)[place.row + row]);
+    store(sum, static_cast<T*>(a.y) + at);
+  }
+  if (place.split > 0) {
+    __syncthreads();
+    if (threadIdx.x == 0) add_release(&a.flags[2], 1);
   }
 }
 
@@ -238,14 +267,15 @@ bool whole(const void* p, int64_t elements, std::size_t size) {
 template <class Tile>
 dim3 grid_of(Args& a) {
   a.token_tiles = (a.m + Tile::kTokens - 1) / Tile::kTokens;
-  int64_t tiles = 0;
-  for (int i = 0; i < a.parts; ++i) tiles += (a.sizes[i] + Tile::kRows - 1) / Tile::kRows;
-  return dim3(static_cast<unsigned>(a.producers + tiles * a.token_tiles));
+  a.tiles = 0;
+  for (int i = 0; i < a.parts; ++i)
+    a.tiles += (a.sizes[i] + Tile::kRows - 1) / Tile::kRows * a.token_tiles;
+  return dim3(static_cast<unsigned>(a.producers + a.tiles * a.splits));
 }
 
-template <class T, int kRowTiles, int kGroups, int kSpans, int kBlocks>
+template <class T, int kRowTiles, int kRowGroups, int kGroups, int kSpans, int kBlocks>
 void launch_mma(Args& a, cudaStream_t stream) {
-  using Tile = MmaTile<T, kRowTiles, kGroups, kSpans>;
+  using Tile = MmaTile<T, kRowTiles, kRowGroups, kGroups, kSpans>;
   const dim3 grid = grid_of<Tile>(a);
   FP_LAUNCH((multi_lora_mma_kernel<T, Tile, kBlocks>), grid, kThreads, kSharedBytes<Tile>, stream, a);
 }
@@ -257,10 +287,10 @@ void launch(Args& a, cudaStream_t stream) {
               whole(a.w, a.sw, sizeof(T)) && whole(a.a, a.a_slot, size) &&
               whole(a.a, a.a_row, size) && whole(a.b, a.b_slot, size);
   if constexpr (sizeof(T) == 2) {
-    if (a.aligned && a.m <= 8) return launch_mma<T, 1, 1, 2, 3>(a, stream);
-    if (a.aligned && a.m <= 16) return launch_mma<T, 1, 2, 2, 3>(a, stream);
-    if (a.aligned && a.m <= 32) return launch_mma<T, 2, 4, 1, 2>(a, stream);
-    if (a.aligned) return launch_mma<T, 2, 8, 1, 2>(a, stream);
+    if (a.aligned && a.m <= 8) return launch_mma<T, 1, 1, 1, 3, 3>(a, stream);
+    if (a.aligned && a.m <= 16) return launch_mma<T, 1, 1, 2, 2, 3>(a, stream);
+    if (a.aligned && a.m <= 32) return launch_mma<T, 1, 2, 4, 2, 2>(a, stream);
+    if (a.aligned) return launch_mma<T, 1, 4, 8, 2, 2>(a, stream);
   }
   const dim3 grid = grid_of<FmaTile<T>>(a);
   FP_LAUNCH((multi_lora_fma_kernel<T>), grid, kThreads, kSharedBytes<FmaTile<T>>, stream, a);
@@ -269,19 +299,20 @@ void launch(Args& a, cudaStream_t stream) {
 }  // namespace
 
 void multi_lora(const MultiLora& given, void* stream_) {
-  Args a{given, 0, 0, false};
+  Args a{given, 0, 0, 0, false};
   check(a.m >= 0 && a.m <= kMostTokens, "m: expected 0 <= m <= 64, got ", a.m);
   check(a.k >= 0 && a.k <= 1 << 30, "k: expected 0 <= k <= 2^30, got ", a.k);
   check(a.parts >= 1 && a.parts <= kMaxParts, "parts: expected 1 <= parts <= 16, got ", a.parts);
   check(a.max_rank >= 1 && a.max_rank <= 1 << 20, "max_rank: expected 1 <= max_rank <= 2^20, got ",
         a.max_rank);
   check(a.processors >= 1, "processors: expected >= 1, got ", a.processors);
+  check(a.splits >= 1 && a.splits <= 16, "splits: expected 1 <= splits <= 16, got ", a.splits);
   check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected a code 0..2, got ", a.dtype);
   check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
         "adapter_dtype: expected x's or fp32 (0), got ", a.adapter_dtype, " beside ", a.dtype);
   int64_t rows = 0;
   for (int i = 0; i < a.parts; ++i) rows += a.sizes[i];
-  check(rows == a.n && rows <= int64_t{1} << 32, "sizes: expected a sum of n = ", a.n, ", got ", rows);
+  check(rows == a.n && rows <= int64_t{1} << 30, "sizes: expected a sum of n = ", a.n, ", got ", rows);
   if (a.m == 0 || a.n == 0) return;
   const int64_t units = int64_t{a.m} * a.parts * ((a.max_rank + kRanks - 1) / kRanks);
   a.producers = units < a.processors ? int(units) : a.processors;

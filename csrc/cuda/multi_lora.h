@@ -20,18 +20,18 @@ struct MultiLora {
   const void *a, *b;         // as pyext/ops/slots.py lays them out; of x's dtype or fp32
   const int32_t* rank;       // [count, parts], -1: free
   const float* scale;        // [count, parts]
-  unsigned* flags;           // two, zero before the first launch and after each; of one stream only
-  float* s;                  // [m, parts, max_rank], scratch
+  unsigned* flags;           // three, zero before the first launch and after each; of one stream
+  float *s, *sums;           // [m, parts, max_rank]; [splits - 1, m, n]: scratch
   int64_t sizes[kMaxParts];  // rows of W of each part
   int64_t n, sx, sw;         // elements between rows
   int64_t a_slot, a_row, b_slot;
   int m, k, count, parts, max_rank;
-  int processors;            // of the GPU
+  int processors, splits;    // of the GPU; of K, by blocks of their own
   int dtype, adapter_dtype;  // as in pyext/ops/native.py
 };
 
 // y_m = W x_m + bias + scale_s B_s (A_s x_m) with s = slots[m], part by part; m <= 64. A token whose
-// slot is free or out of range: NaN. Two launches that share flags or s must follow each other.
+// slot is free or out of range: NaN. Two launches that share flags or scratch must follow each other.
 void multi_lora(const MultiLora& a, void* stream);
 
 // A number for the graph that the stream is being captured into, 0 for none.

@@ -1,8 +1,8 @@
 // How the blocks of multi_lora.cu multiply their rows of W by their tokens.
 //
-// A tile is [kRows of W, kTokens]. Each of the kStream warps has all of it over a share of K, and
-// leaves its sums in a plane [kTokens, kRows] of shared memory: x is read once a block, straight into
-// registers, and the loop has no barrier.
+// A tile is [kRows of W, kTokens]. The kStream warps have its rows in groups, and kShares of K; each
+// share leaves its sums in a plane [kTokens, kRows] of shared memory. W and x go straight into
+// registers, x of the other groups of rows out of the L1, which W bypasses. The loop has no barrier.
 #pragma once
 
 #include "cuda/device.h"
@@ -16,14 +16,16 @@ constexpr int kThreads = (kStream + kAdapter) * kWarp;
 
 struct Args : MultiLora {
   int producers;    // the first blocks, which compute s
-  int token_tiles;  // of the other blocks, side by side
+  int token_tiles;  // side by side, before the next rows
+  int64_t tiles;    // blocks of each split of K
   bool aligned;     // rows of x, W, A and B are whole pieces of 16 bytes
 };
 
-// What a block multiplies: `rows` of W from `row` on, `local` within their part; tokens from `token`.
+// What a block multiplies: `rows` of W from `row` on, `local` within their part; tokens from `token`
+// on; of K [begin, end), which is split number `split`.
 struct Place {
   int64_t row, local;
-  int rows, part, token;
+  int rows, part, token, begin, end, split;
 };
 
 // Between the tokens of a plane, so that the lanes of an mma write to banks of their own.
@@ -32,24 +34,25 @@ constexpr int kPlaneStride = kRows + 4;
 
 // Tensor cores, for 16-bit numbers in whole pieces. The order of k within 32 is free as long as W and
 // x have the same: so a lane takes 8 neighbours of a row in one load, and they serve as the two pairs
-// of columns of two mma. The next step's loads are under way while one is multiplied. kSpans: how
-// many times 32 of K a step has.
-template <class T, int kRowTiles, int kGroups, int kSpans>
+// of columns of two mma. The next step's loads are under way while one is multiplied. A warp
+// has kRowTiles times 16 rows and kGroups times 8 tokens; a step kSpans times 32 of K.
+template <class T, int kRowTiles, int kRowGroups, int kGroups, int kSpans>
 struct MmaTile {
-  static constexpr int kRows = 16 * kRowTiles, kTokens = 8 * kGroups;
-  static constexpr bool kPieces = true;
+  static constexpr int kRows = 16 * kRowTiles * kRowGroups, kTokens = 8 * kGroups;
+  static constexpr int kShares = kStream / kRowGroups;
 
   static __device__ void run(const Args& a, const Place& place, float* planes) {
-    constexpr int kStep = 32 * kSpans * kStream, kStride = kPlaneStride<kRows>;
+    constexpr int kStep = 32 * kSpans * kShares, kStride = kPlaneStride<kRows>;
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, group = lane / 4;
-    const int column = warp * 32 * kSpans + lane % 4 * 8;
+    const int first = warp % kRowGroups * 16 * kRowTiles, share = warp / kRowGroups;
+    const int column = share * 32 * kSpans + lane % 4 * 8;
     const T* w[kRowTiles][2];
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
       for (int h = 0; h < 2; ++h)  // rows past the end read the last one again
         w[r][h] = static_cast<const T*>(a.w) + column +
-                  (place.row + min(16 * r + 8 * h + group, place.rows - 1)) * a.sw;
+                  (place.row + min(first + 16 * r + 8 * h + group, place.rows - 1)) * a.sw;
     const T* x = static_cast<const T*>(a.x) + column;
     const int64_t token = place.token + group;
 
@@ -62,22 +65,23 @@ struct MmaTile {
         for (int r = 0; r < kRowTiles; ++r)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            v[p][r][h] = column + k + 32 * p < a.k ? load_once(w[r][h] + k + 32 * p) : uint4{0, 0, 0, 0};
+            v[p][r][h] =
+                column + k + 32 * p < place.end ? load_once(w[r][h] + k + 32 * p) : uint4{0, 0, 0, 0};
     };
     const auto fetch_x = [&](uint4(&v)[kSpans], int j, int k) {
 #pragma unroll
       for (int p = 0; p < kSpans; ++p)
-        v[p] = token + 8 * j < a.m && column + k + 32 * p < a.k
+        v[p] = token + 8 * j < a.m && column + k + 32 * p < place.end
                    ? *reinterpret_cast<const uint4*>(x + (token + 8 * j) * a.sx + k + 32 * p)
                    : uint4{0, 0, 0, 0};
     };
 
     float acc[kRowTiles][kGroups][4] = {};
-    fetch_w(now, 0);
+    fetch_w(now, place.begin);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) fetch_x(xs[j], j, 0);
+    for (int j = 0; j < kAhead; ++j) fetch_x(xs[j], j, place.begin);
 #pragma unroll 1
-    for (int k = 0; k < a.k; k += kStep) {
+    for (int k = place.begin; k < place.end; k += kStep) {
       fetch_w(next, k + kStep);
 #pragma unroll
       for (int j = 0; j < kGroups; ++j) {
@@ -100,7 +104,7 @@ struct MmaTile {
           for (int h = 0; h < 2; ++h) now[p][r][h] = next[p][r][h];
     }
 
-    float* plane = planes + warp * kTokens * kStride;
+    float* plane = planes + share * kTokens * kStride + first;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j)
 #pragma unroll
@@ -114,8 +118,7 @@ struct MmaTile {
 // FMA, for fp32 and for what is not in whole pieces, which is loaded number by number.
 template <class T>
 struct FmaTile {
-  static constexpr int kRows = 8, kTokens = 8;
-  static constexpr bool kPieces = false;
+  static constexpr int kRows = 8, kTokens = 8, kShares = kStream;
 
   template <int N>
   static __device__ void step(const T* (&w)[kRows], const T* (&x)[kTokens], int k,
@@ -154,14 +157,18 @@ struct FmaTile {
     for (int j = 0; j < kTokens; ++j)
       x[j] = static_cast<const T*>(a.x) + min(place.token + j, a.m - 1) * a.sx;
     float sums[kRows][kTokens] = {};
-    int k = threadIdx.x;
+    bool pieces = false;
     if constexpr (sizeof(T) == 4) {
-      if (a.aligned)
+      pieces = a.aligned;
+      if (pieces)
 #pragma unroll 1
-        for (k *= 4; k < a.k; k += kStream * kWarp * 4) step<4>(w, x, k, sums);
+        for (int k = place.begin + threadIdx.x * 4; k < place.end; k += kStream * kWarp * 4)
+          step<4>(w, x, k, sums);
     }
+    if (!pieces)
 #pragma unroll 1
-    for (; k < a.k; k += kStream * kWarp) step<1>(w, x, k, sums);
+      for (int k = place.begin + threadIdx.x; k < place.end; k += kStream * kWarp)
+        step<1>(w, x, k, sums);
     float* plane = planes + warp * kTokens * kStride;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)

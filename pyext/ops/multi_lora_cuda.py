@@ -52,7 +52,7 @@ def check_cuda(x: Tensor, w: Tensor, pool: LoRASlots, rows: int) -> None:
 
 
 def _flags(device: int, stream: int) -> int:
-    """Address of two zeros, which every launch leaves as zeros.
+    """Address of three zeros, which every launch leaves as zeros.
 
     Launches that share them must follow each other. So they belong to a stream, and under capture
     to a stream in one graph: two graphs may run at once whatever they were captured on.
@@ -84,6 +84,16 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def choose_splits(m: int, k: int, n: int, itemsize: int, processors: int) -> int:
+    """By how many blocks each tile's K is shared: two blocks for every processor, where that leaves
+    512 of K to each. Pure. Tiles are those of csrc/cuda/multi_lora.cu."""
+    if itemsize == 4:
+        tiles = -(-n // 8) * -(-m // 8)
+    else:
+        tiles = -(-n // (16 if m <= 16 else 32 if m <= 32 else 64))
+    return max(1, min(2 * processors // tiles, k // 512, 8))
+
+
 def cuda_fwd(
     x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -106,7 +116,11 @@ def cuda_fwd(
             return cuda_fwd(x, w, pool, slots, bias)
     a, b, rank, scale, sizes = pool
     most = a.shape[1] // len(sizes)
-    s = scale.new_empty(m * a.shape[1])
+    processors = _processors(device)
+    splits = choose_splits(m, k, n, x.element_size(), processors)
+    s_count = m * a.shape[1]
+    scratch = scale.new_empty(s_count + (splits - 1) * m * n)
+    s = scratch.data_ptr()
     # Named: they must outlive the launch.
     bias = None if bias is None else bias.contiguous()
     slots = slots.contiguous()
@@ -115,8 +129,8 @@ def cuda_fwd(
     native.multi_lora_cuda(
         x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         slots.data_ptr(), a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(),
-        _flags(device, stream), s.data_ptr(), sizes, a.shape[0], most, m, k, n,
+        _flags(device, stream), s, s + 4 * s_count, sizes, a.shape[0], most, m, k, n,
         x.stride()[0] if x.ndim == 2 else k, w.stride()[0], a_slot, a_row, b.stride()[0],
-        _processors(device), DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype], stream,
+        processors, splits, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype], stream,
     )  # fmt: skip
     return y

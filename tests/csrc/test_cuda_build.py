@@ -109,9 +109,9 @@ def test_bad_input_is_refused_before_the_launch(changed, message):
 
 
 MULTI_LORA = dict(
-    x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, flags=8, s=8, sizes=(24, 8), count=3,
-    max_rank=8, m=4, k=64, n=32, sx=64, sw=64, a_slot=1024, a_row=64, b_slot=256, processors=132,
-    dtype=1, adapter_dtype=1, stream=0,
+    x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, flags=8, s=8, sums=0, sizes=(24, 8),
+    count=3, max_rank=8, m=4, k=64, n=32, sx=64, sw=64, a_slot=1024, a_row=64, b_slot=256,
+    processors=132, splits=1, dtype=1, adapter_dtype=1, stream=0,
 )  # fmt: skip
 
 
@@ -120,7 +120,9 @@ MULTI_LORA = dict(
     "changed, message",
     [
         ({"w": 0}, r"^w: expected an address, got null for \[32, 64\]$"),
-        ({"flags": 0}, "^flags, s: expected addresses, got null$"),
+        ({"flags": 0}, "^flags, s, sums: expected addresses, got null$"),
+        ({"splits": 2}, "^flags, s, sums: expected addresses, got null$"),
+        ({"splits": 0, "sums": 8}, "^splits: expected 1 <= splits <= 16, got 0$"),
         ({"m": 65}, "^m: expected at most 64, got 65$"),
         ({"k": 2**31}, r"^k, count, max_rank: expected <= 2\^30, got 2147483648, 3, 8$"),
         ({"sizes": (24,)}, "^sizes: expected a sum of n = 32, got 24$"),

@@ -17,9 +17,10 @@ def captures(monkeypatch):
     found: dict[int, int] = {}
 
     def multi_lora_cuda_(*given):
-        x, w, bias, y, slots, a, b, rank, scale, _flags, _s, *rest, processors, dt, adt, _ = given
+        x, w, bias, y, slots, a, b, rank, scale, _flags, s, sums, *rest = given
+        *rest, processors, splits, dt, adt, _stream = rest
         sizes, count, most, m, k, n, sx, sw, *strides = rest
-        assert processors == 132
+        assert (processors, splits, sums - s) == (132, 1, 4 * m * len(sizes) * most)
         native.multi_lora(
             x, w, bias, y, slots, a, b, rank, scale, sizes, count, most, m, k, n, sx, sw, n,
             *strides, dt, adt,
@@ -58,3 +59,11 @@ def test_flags_belong_to_a_stream_and_a_graph(captures):
     captures[9] = 32
     with pytest.raises(RuntimeError, match="call on cuda:1 before a CUDA graph is captured"):
         flags(1, 9)
+
+
+def test_k_is_split_where_rows_are_few():
+    splits = multi_lora_cuda.choose_splits
+    assert [splits(m, 4096, 4096, 2, 132) for m in (1, 16, 17, 32, 33, 64)] == [1, 1, 2, 2, 4, 4]
+    assert [splits(m, 4096, 14336, 2, 132) for m in (1, 32, 64)] == [1, 1, 1]
+    assert splits(1, 4096, 1024, 2, 132) == 4 and splits(64, 4096, 1024, 2, 132) == 8
+    assert splits(1, 8, 1, 2, 132) == 1 and splits(64, 4096, 4096, 4, 132) == 1
