@@ -96,7 +96,11 @@ def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor 
         and (a.dtype == x.dtype or a.dtype == torch.float32)
         and rank.dtype == slots.dtype == torch.int32
         and scale.dtype == torch.float32
-        and _together(x, w, a, b, rank, scale, slots)
+        and (
+            (x.is_cpu and w.is_cpu and a.is_cpu and b.is_cpu)
+            and (rank.is_cpu and scale.is_cpu and slots.is_cpu)
+            or _on_one_gpu(x, w, a, b, rank, scale, slots)
+        )
         and a.stride()[2] == 1
         and b.stride()[1] == 1
         and rank.is_contiguous()
@@ -104,16 +108,13 @@ def is_sound(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor 
         and (
             bias is None
             or (type(bias) in PLAIN and bias.shape == (n,) and bias.dtype == x.dtype)
-            and _together(x, bias)
+            and (x.is_cpu and bias.is_cpu or _on_one_gpu(x, bias))
         )
     )
 
 
-def _together(x: Tensor, *others: Tensor) -> bool:
-    """On one CPU or one GPU. An index is -1 for whatever is not on a GPU."""
-    if x.is_cpu:
-        return all([t.is_cpu for t in others])
-    index = x.get_device()
+def _on_one_gpu(x: Tensor, *others: Tensor) -> bool:
+    index = x.get_device()  # -1 for whatever is not on a GPU
     return x.is_cuda and all([t.get_device() == index for t in others])
 
 

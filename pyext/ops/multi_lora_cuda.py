@@ -84,6 +84,7 @@ def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache  # a quarter of what it takes to work it out
 def choose_splits(m: int, k: int, n: int, itemsize: int, processors: int) -> int:
     """By how many blocks each tile's K is shared: two blocks for every processor, where that leaves
     512 of K to each. Pure. Tiles are those of csrc/cuda/multi_lora.cu."""

@@ -191,7 +191,7 @@ def test_debugging_reads_the_slots(monkeypatch):
 
 
 def test_a_call_costs_the_host_about_as_much_as_a_frozen_one():
-    """The bar is 8 us; what a machine makes of it is measured in calls of F.linear."""
+    """The bar is 8 us; how fast a machine is, calls of F.linear say."""
     x, w, pool, slots, _ = make(4, 64, (64,))
 
     def host_us(call):
