@@ -12,8 +12,8 @@
 // on the slots and on max_size alone, not on sizes that may change meanwhile.
 //
 // Nobody waits for a block behind it in the grid, and the whole grid fits the GPU at once (two blocks
-// a processor); either is enough to end. Sums have a fixed order that depends on the batch only by
-// how many share a slot. Bytes: D and U of each unit, and 3 M d.
+// a processor); either is enough to end. Sums have one order for a batch's slots on a GPU; how many
+// warps share a row of D depends on how many units there are. Bytes: D and U of each unit, and 3 M d.
 #include <cmath>
 
 #include "checks.h"
