@@ -111,6 +111,68 @@ def test_several_active_mixed_batches_and_a_new_adapter(build, ids, stir, monkey
     assert_same(theirs, ours, ids)
 
 
+def test_every_variant(make_llama, ids):
+    """What PEFT has beside DoRA, and its ways to begin: on the op or on PEFT's own code."""
+    from peft.tuners.lora import config as configs
+
+    variants = {
+        "alora": {"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"},
+        "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+        "tokens": {"trainable_token_indices": [3, 5]},
+        "saved": {"modules_to_save": ["lm_head"]},
+        "replication": {"layer_replication": [(0, 2), (1, 2)]},
+        "parameters": {"target_parameters": ["mlp.gate_proj.weight"], "target_modules": ["q_proj"]},
+    }
+    for start in ("pissa", "olora", "mica", "orthogonal", "gaussian"):
+        variants[start] = {"init_lora_weights": start}
+    for name in ("velora", "monteclora", "kasa"):
+        kind = getattr(configs, f"{name.capitalize()}Config", None)
+        if kind is not None:
+            variants[name] = {f"{name}_config": kind()}
+    known = set(peft.LoraConfig.__dataclass_fields__)
+    ids[:, 4:6] = torch.tensor([5, 6])
+    for name, settings in variants.items():
+        if not known.issuperset(settings):
+            continue  # an older PEFT
+        torch.manual_seed(0)
+        config = peft.LoraConfig(**{"r": 4, "target_modules": "all-linear", **settings})
+        theirs = peft.get_peft_model(make_llama(), config).eval()
+        with torch.no_grad():
+            for key, p in theirs.named_parameters():
+                if "lora_B" in key:
+                    p.add_(0.1 * torch.randn(p.shape))
+        ours = copy.deepcopy(theirs)
+        assert fp.accelerate(ours).swapped, name
+        results = []
+        for model in (theirs, ours):
+            torch.manual_seed(3)  # some draw noise
+            results.append(run(model, ids))
+        (y1, g1), (y2, g2) = results
+        torch.testing.assert_close(y2, y1, rtol=0, atol=1e-5, msg=name)
+        assert g1.keys() == g2.keys() and g1
+        for key in g1:
+            torch.testing.assert_close(g2[key], g1[key], rtol=0, atol=1e-5, msg=f"{name} {key}")
+
+
+def test_hotswap(build, ids, stir, tmp_path, monkeypatch):
+    from peft.utils.hotswap import hotswap_adapter
+
+    theirs, ours = make(build, stir)
+    other = stir(peft.get_peft_model(build(), peft.LoraConfig(r=4, target_modules="all-linear")))
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_B" in name:
+                p.mul_(-3)
+    other.save_pretrained(tmp_path)
+    before = assert_same(theirs, ours, ids)
+    calls = count_fused(ours, monkeypatch)
+    for model in (theirs, ours):
+        hotswap_adapter(model, tmp_path, adapter_name="a0")
+    after = assert_same(theirs, ours, ids)
+    assert (after - before).abs().max() > 1e-3 and calls
+    torch.testing.assert_close(after, other(ids).logits, rtol=0, atol=1e-5)
+
+
 def test_dora_beside_another_goes_to_peft(build, ids, stir):
     theirs, ours = make(build, stir, [{"use_dora": True}, {}])
     for active in (["a0", "a1"], ["a1", "a0"]):
