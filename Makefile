@@ -13,8 +13,9 @@ demo: $(READY)
 	$(BIN)/fusedpeft run examples/quickstart.yaml
 	@echo "Open runs/quickstart/report.html"
 
+# Two files at a time: most of it is one thread, a compiler's or Python's.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
