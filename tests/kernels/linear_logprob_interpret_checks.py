@@ -52,7 +52,8 @@ def run(op, h, w, labels, bias, g, head, **kw):
 
 
 def check(t, head, size=1.0, **kw):
-    """size: of the logits, whose rounding is in everybody's p."""
+    """size: of the logits, whose rounding is in everybody's p. In fp32 torch's error counts thrice:
+    the interpreter multiplies by numpy's BLAS, torch by one more exact on some chips."""
     h, w, labels, bias, g = t
     got = run(ops.linear_logprob, *t, head, impl="triton", **kw)
     clean = h.where((labels != -100)[:, None], 0.0)
@@ -62,7 +63,9 @@ def check(t, head, size=1.0, **kw):
     for name, a, b, r in zip(("logp", "dh", "dw", "dbias"), got, low, ref, strict=False):
         assert a.dtype == b.dtype and a.shape == b.shape, name
         error = (a.double() - r).abs().max()
-        bar = 2 * (b.double() - r).abs().max() + 2 * size * torch.finfo(b.dtype).eps * r.abs().max()
+        times = 3 if b.dtype == torch.float32 else 2
+        eps = 2 * size * torch.finfo(b.dtype).eps
+        bar = times * (b.double() - r).abs().max() + eps * r.abs().max()
         assert error <= bar, f"{name}: error {error:.3g}, allowed {bar:.3g}"
     assert all((a[labels == -100] == 0).all() for a in got[:2])
     with torch.no_grad():  # statistics alone
