@@ -111,9 +111,12 @@ for _op, _what in (
     ("adapter", "ops.bottleneck_adapter against the eager form and torch.compile."),
     ("adapter_decode", "ops.multi_bottleneck_adapter against plain torch; a decode step with it."),
     ("prefix_attention", "ops.prefix_attention against concatenation with SDPA and two merged."),
+    ("prefix_decode", "A few queries over shared prefixes against concatenation with SDPA."),
     ("linear_logprob", "ops.linear_logprob against eager log_softmax, torch.compile and peers."),
     ("multi_lora", "ops.multi_lora_linear against PEFT's mixed batch and the frozen linear."),
     ("soft_prompt", "ops.soft_prompt_embedding against concatenation and torch.compile."),
+    ("multi_lora_model", "A whole model in decode, each request with an adapter of its own."),
+    ("methods", "Whole models with each method on them against PEFT, modules and the bare model."),
     ("pro_step", "A whole step of PRO on a LoRA model against PEFT with the eager loss."),
 ):
     _add(_op, _what)

@@ -186,3 +186,10 @@ def test_a_cpu_multiplies_16_bits_at_least_as_fast_as_32(monkeypatch):
     monkeypatch.setattr(ceilings, "_product_rate", lambda d, size, dtype, n: rates[dtype])
     got = ceilings.measure(torch.device("cpu"), [torch.bfloat16, torch.float16]).tflop_per_s
     assert got == {torch.bfloat16: 2.0, torch.float16: 5.0}
+
+
+def test_every_bench_has_its_command():
+    from fusedpeft.bench.cli import app
+    from fusedpeft.bench.run import OPS
+
+    assert {c.name for c in app.registered_commands} >= OPS.keys()
