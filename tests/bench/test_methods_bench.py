@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
     [(*case, torch.float32) for case in bench.FLOORS] + [("lora", "step", torch.bfloat16)],
 )
 def test_every_contestant_is_right(method, what, dtype):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed")
     case = bench.build(bench.Spec(method, what, "tiny", dtype), CPU, None, warm=True)
     found = {t.name for t in run_case(case, seconds=0.0, min_rounds=2)}
     assert {"fusedpeft", case.floor} <= found <= set(bench.ALL)

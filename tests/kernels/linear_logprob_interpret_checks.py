@@ -53,7 +53,7 @@ def run(op, h, w, labels, bias, g, head, **kw):
 
 def check(t, head, size=1.0, **kw):
     """size: of the logits, whose rounding is in everybody's p. In fp32 torch's error counts thrice:
-    the interpreter multiplies by numpy's BLAS, torch by one more exact on some chips."""
+    the interpreter multiplies by numpy's BLAS, whose sums depend on the chip."""
     h, w, labels, bias, g = t
     got = run(ops.linear_logprob, *t, head, impl="triton", **kw)
     clean = h.where((labels != -100)[:, None], 0.0)

@@ -53,8 +53,9 @@ def run(op, tensors, dlse=0.0, **kw):
 
 def check(tensors, dlse=0.0, **kw):
     """max|got − ref64| ≤ 2 · max|low − ref64| + eps for every result; in fp32 4 eps, as scores are
-    rounded once more than torch's (times log2 e, for exp2), and 4 ·, as the interpreter multiplies
-    by numpy's BLAS and torch by one whose sums are more exact on some chips."""
+    rounded once more than torch's (times log2 e, for exp2), and 3 ·: the interpreter multiplies by
+    numpy's BLAS, whose sums depend on the chip (with OPENBLAS_CORETYPE=Haswell other checks than
+    without come out beyond 2 ·)."""
     got = run(ops.prefix_attention, tensors, dlse, impl="triton", **kw)
     low = run(ops.prefix_attention_ref, tensors, dlse, **kw)
     up = {k: v.double() if k == "mask" else v for k, v in kw.items()}
@@ -67,7 +68,7 @@ def check(tensors, dlse=0.0, **kw):
         if r.numel() == 0:
             continue
         error = (a.double() - r).abs().max()
-        times, steps = (4, 4) if b.dtype == torch.float32 else (2, 1)
+        times, steps = (3, 4) if b.dtype == torch.float32 else (2, 1)
         eps = steps * torch.finfo(b.dtype).eps
         bar = times * (b.double() - r).abs().max() + eps * r.abs().max()
         assert error <= bar, f"{name}: error {error:.3g}, allowed {bar:.3g}"
