@@ -155,8 +155,8 @@ void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int
 }
 
 void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slots, Address a,
-                     Address b, Address rank, Address scale, Address flags, Address s,
-                     Address sums, const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
+                     Address b, Address rank, Address scale, Address s, Address sums,
+                     const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
                      int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t a_slot, int64_t a_row,
                      int64_t b_slot, int processors, int splits, int dtype, int adapter_dtype,
                      Address stream) {
@@ -174,13 +174,12 @@ void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slot
   check_matrix("scale", scale, count, parts, parts);
   check_matrix("a", a, count, parts * max_rank * k, a_slot);
   check_matrix("b", b, count, n * max_rank, b_slot);
-  check(flags && s && (sums || splits == 1), "flags, s, sums: expected addresses, got null");
+  check(s && (sums || splits == 1), "s, sums: expected addresses, got null");
   cuda::MultiLora call = {pointer(x), pointer(w), pointer(bias), pointer(y),
                           static_cast<const int32_t*>(pointer(slots)), pointer(a), pointer(b),
                           static_cast<const int32_t*>(pointer(rank)),
                           static_cast<const float*>(pointer(scale)),
-                          static_cast<unsigned*>(pointer(flags)), static_cast<float*>(pointer(s)),
-                          static_cast<float*>(pointer(sums)), {},
+                          static_cast<float*>(pointer(s)), static_cast<float*>(pointer(sums)), {},
                           n, sx, sw, a_slot, a_row, b_slot, static_cast<int>(m), static_cast<int>(k),
                           static_cast<int>(count), static_cast<int>(parts),
                           static_cast<int>(max_rank), processors, splits, dtype,
@@ -296,8 +295,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapter_decode_cuda", &adapter_decode_cuda, "adapter_decode on a CUDA stream, in one launch.");
   m.def("prefix_decode_cuda", &prefix_decode_cuda, "prefix_decode on a CUDA stream.");
   m.def("multi_lora_cuda", &multi_lora_cuda, "multi_lora on a CUDA stream, for up to 64 rows.");
-  m.def("capture_id", [](Address stream) { return cuda::capture_id(pointer(stream)); },
-        "A number for the CUDA graph that the stream is being captured into, 0 for none.");
   m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
 #endif
 }

@@ -342,7 +342,7 @@ void launch(const Args& a, cudaStream_t stream) {
   const int64_t consumers = std::min<int64_t>(a.processors, a.m * ((a.d + kLeastPart - 1) / kLeastPart));
   const int64_t items = std::max(consumers, a.m);  // of a consumer, at most
   auto b = a;
-  b.work = workspace(items * kTokens * a.max_size, stream);
+  b.work = workspace(items * kTokens * a.max_size, stream, 0xFF);
   const dim3 grid(producers + consumers);
   const std::size_t shared = kTokens * a.max_size * sizeof(float);
   if (whole) {

@@ -18,6 +18,7 @@
 
 #include "checks.h"
 #include "cuda/multi_lora_tiles.h"
+#include "cuda/workspace.h"
 
 namespace fusedpeft::cuda {
 namespace {
@@ -299,7 +300,7 @@ void launch(Args& a, cudaStream_t stream) {
 }  // namespace
 
 void multi_lora(const MultiLora& given, void* stream_) {
-  Args a{given, 0, 0, 0, false};
+  Args a{given, nullptr, 0, 0, 0, false};
   check(a.m >= 0 && a.m <= kMostTokens, "m: expected 0 <= m <= 64, got ", a.m);
   check(a.k >= 0 && a.k <= 1 << 30, "k: expected 0 <= k <= 2^30, got ", a.k);
   check(a.parts >= 1 && a.parts <= kMaxParts, "parts: expected 1 <= parts <= 16, got ", a.parts);
@@ -317,18 +318,10 @@ void multi_lora(const MultiLora& given, void* stream_) {
   const int64_t units = int64_t{a.m} * a.parts * ((a.max_rank + kRanks - 1) / kRanks);
   a.producers = units < a.processors ? int(units) : a.processors;
   const auto stream = static_cast<cudaStream_t>(stream_);
+  a.flags = workspace(kFlags, stream, 0);
   if (a.dtype == kFloat32) return launch<float>(a, stream);
   if (a.dtype == kBFloat16) return launch<__nv_bfloat16>(a, stream);
   return launch<__half>(a, stream);
 }
-
-#ifndef FUSEDPEFT_SIMT
-uint64_t capture_id(void* stream) {
-  cudaStreamCaptureStatus status;
-  unsigned long long id = 0;
-  check_launch("capture_id", cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id));
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-#endif
 
 }  // namespace fusedpeft::cuda

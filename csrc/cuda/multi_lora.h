@@ -1,9 +1,10 @@
 // The frozen linear and every token's own LoRA in one launch: plain pointers into GPU memory, sizes
 // and a stream (cudaStream_t as void*); no Python, no torch, no CUDA header.
 //
-// Neither allocates nor waits for the GPU nor reads a slot or a rank on the host, so that it can be
-// captured in a graph and replayed with other slots. Throws std::invalid_argument for sizes or dtype
-// codes; std::runtime_error, with the kernel's name, where the launch failed.
+// Neither waits for the GPU nor reads a slot or a rank on the host, so that it can be captured in a
+// graph and replayed with other slots. Allocates nothing but its workspace.h, at a first call. Throws
+// std::invalid_argument for sizes or dtype codes; std::runtime_error, with the kernel's name, where
+// the launch failed.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,6 @@ struct MultiLora {
   const void *a, *b;         // as pyext/ops/slots.py lays them out; of x's dtype or fp32
   const int32_t* rank;       // [count, parts], -1: free
   const float* scale;        // [count, parts]
-  unsigned* flags;           // three, zero before the first launch and after each; of one stream
   float *s, *sums;           // [m, parts, max_rank]; [splits - 1, m, n]: scratch
   int64_t sizes[kMaxParts];  // rows of W of each part
   int64_t n, sx, sw;         // elements between rows
@@ -31,10 +31,7 @@ struct MultiLora {
 };
 
 // y_m = W x_m + bias + scale_s B_s (A_s x_m) with s = slots[m], part by part; m <= 64. A token whose
-// slot is free or out of range: NaN. Two launches that share flags or scratch must follow each other.
+// slot is free or out of range: NaN. Two launches that share scratch must follow each other.
 void multi_lora(const MultiLora& a, void* stream);
-
-// A number for the graph that the stream is being captured into, 0 for none.
-uint64_t capture_id(void* stream);
 
 }  // namespace fusedpeft::cuda

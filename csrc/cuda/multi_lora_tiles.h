@@ -14,7 +14,10 @@ namespace {
 constexpr int kStream = 4, kAdapter = 2;  // warps of a block that stream W, that add the adapters
 constexpr int kThreads = (kStream + kAdapter) * kWarp;
 
+constexpr int kFlags = 3;  // producers done; consumers that have seen it; sums of later splits done
+
 struct Args : MultiLora {
+  unsigned* flags;  // kFlags, zero before the launch and after it
   int producers;    // the first blocks, which compute s
   int token_tiles;  // side by side, before the next rows
   int64_t tiles;    // blocks of each split of K

@@ -12,12 +12,6 @@ from fusedpeft.ops.slots import LoRASlots
 
 MAX_CUDA_TOKENS = 64  # rows that the kernel takes; beyond, the Triton one
 MAX_PARTS = 16
-LINE = 64  # bytes from one launch's flags to the next one's
-ARENA = 4096  # flags that are set up at once
-
-_arenas: list[Tensor] = []
-_free: dict[int, list[int]] = {}  # device -> addresses of flags that nobody has
-_taken: dict[tuple[int, int, int], int] = {}  # (device, stream, capture) -> address
 
 
 def cuda_ok(w: Tensor, pool: LoRASlots) -> bool:
@@ -51,34 +45,6 @@ def check_cuda(x: Tensor, w: Tensor, pool: LoRASlots, rows: int) -> None:
         )
 
 
-def _flags(device: int, stream: int) -> int:
-    """Address of three zeros, which every launch leaves as zeros.
-
-    Launches that share them must follow each other. So they belong to a stream, and under capture
-    to a stream in one graph: two graphs may run at once whatever they were captured on.
-    """
-    key = (device, stream, native.capture_id(stream))
-    found = _taken.get(key)
-    if found is None:
-        free = _free.setdefault(device, [])
-        if not free:
-            _set_up(device, capturing=key[2] != 0)
-        found = _taken[key] = free.pop()
-    return found
-
-
-def _set_up(device: int, capturing: bool) -> None:
-    if capturing:
-        raise RuntimeError(
-            f"multi_lora_linear: expected a call on cuda:{device} before a CUDA graph is captured, "
-            "got none that left flags to take; call it once outside of the capture"
-        )
-    arena = torch.zeros(ARENA * LINE, dtype=torch.uint8, device=torch.device("cuda", device))
-    torch.cuda.current_stream(device).synchronize()  # once: other streams take flags of it as well
-    _arenas.append(arena)
-    _free[device].extend(range(arena.data_ptr(), arena.data_ptr() + ARENA * LINE, LINE))
-
-
 @functools.cache
 def _processors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -99,7 +65,7 @@ def cuda_fwd(
     x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """y [*, N], fresh. x [M, K], or contiguous [*, K], M <= 64. No host synchronisation but in a
-    device's first call; can be captured after it.
+    stream's or a capture's first call.
 
     x and w share fp32, bf16 or fp16; 16-bit rows that are whole pieces of 16 bytes take the tensor
     cores. pool in x's dtype or fp32. A row whose slot holds no adapter or does not exist comes back
@@ -130,7 +96,7 @@ def cuda_fwd(
     native.multi_lora_cuda(
         x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
         slots.data_ptr(), a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(),
-        _flags(device, stream), s, s + 4 * s_count, sizes, a.shape[0], most, m, k, n,
+        s, s + 4 * s_count, sizes, a.shape[0], most, m, k, n,
         x.stride()[0] if x.ndim == 2 else k, w.stride()[0], a_slot, a_row, b.stride()[0],
         processors, splits, DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype], stream,
     )  # fmt: skip

@@ -117,7 +117,7 @@ bool run(const char* name, int dtype, int adapter, const Case& c) {
 
 }  // namespace
 
-unsigned* fusedpeft::cuda::workspace(std::size_t words, cudaStream_t) {
+unsigned* fusedpeft::cuda::workspace(std::size_t words, cudaStream_t, unsigned char) {
   if (words != work_words) {  // exactly so many, so that what lies beyond is seen
     work.reset(new unsigned[words]);
     work_words = words;

@@ -5,19 +5,11 @@
 #include <random>
 
 #include "cuda/lora_shrink.cu"
+#include "simt_numbers.h"  // after the .cu, whose types it names
 
 namespace {
 
 using namespace fusedpeft::cuda;
-
-template <class T>
-T from_float(float v);
-template <>
-float from_float(float v) { return v; }
-template <>
-__half from_float(float v) { return __float2half(v); }
-template <>
-__nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
 
 struct Case {
   int64_t m, k, r, pad_x, pad_a, skip;  // row strides are k + pad; data starts `skip` elements in

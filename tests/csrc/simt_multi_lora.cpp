@@ -11,19 +11,13 @@
 #include <vector>
 
 #include "cuda/multi_lora.cu"
+#include "simt_numbers.h"  // after the .cu, whose types it names
 
 namespace {
 
 using namespace fusedpeft::cuda;
 
-template <class T>
-T from_float(float v);
-template <>
-float from_float(float v) { return v; }
-template <>
-__half from_float(float v) { return __float2half(v); }
-template <>
-__nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
+unsigned flags[3];  // exactly as many as the kernel may touch
 
 struct Case {
   int m, k;
@@ -80,11 +74,10 @@ bool run(const char* name, int dtype, int adapter_dtype, const Case& c) {
         rest[i] = from_float<P>(NAN);
     }
   }
-  unsigned flags[3] = {0, 0, 0};
   std::unique_ptr<float[]> sums(new float[2 * c.m * n]);
   std::unique_ptr<float[]> s(new float[int64_t(c.m) * parts * c.max_rank]);
   MultiLora call = {x.begin(), w.begin(), bias.begin(), y.begin(), slots.data(), a.begin(), b.begin(),
-                    rank.data(), scale.data(), flags, s.get(), sums.get(), {}, n, x.stride, w.stride, a.stride,
+                    rank.data(), scale.data(), s.get(), sums.get(), {}, n, x.stride, w.stride, a.stride,
                     c.k, b.stride, c.m, c.k, kSlots, parts, c.max_rank, kProcessors, 1, dtype,
                     adapter_dtype};
   std::copy(c.sizes.begin(), c.sizes.end(), call.sizes);
@@ -142,6 +135,8 @@ bool run(const char* name, int dtype, int adapter_dtype, const Case& c) {
 }
 
 }  // namespace
+
+unsigned* fusedpeft::cuda::workspace(std::size_t, cudaStream_t, unsigned char) { return flags; }
 
 // Arguments: this dtype alone; so many cases.
 int main(int argc, char** argv) {

@@ -7,19 +7,11 @@
 #include <vector>
 
 #include "cuda/prefix_decode.cu"
+#include "simt_numbers.h"  // after the .cu, whose types it names
 
 namespace {
 
 using namespace fusedpeft::cuda;
-
-template <class T>
-T from_float(float v);
-template <>
-float from_float(float v) { return v; }
-template <>
-__half from_float(float v) { return __float2half(v); }
-template <>
-__nv_bfloat16 from_float(float v) { return __float2bfloat16(v); }
 
 struct Case {
   int b, h, hkv, t, s, d, p, block, window, prefix_splits, splits, skip;  // block 0: dense

@@ -109,7 +109,7 @@ def test_bad_input_is_refused_before_the_launch(changed, message):
 
 
 MULTI_LORA = dict(
-    x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, flags=8, s=8, sums=0, sizes=(24, 8),
+    x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, s=8, sums=0, sizes=(24, 8),
     count=3, max_rank=8, m=4, k=64, n=32, sx=64, sw=64, a_slot=1024, a_row=64, b_slot=256,
     processors=132, splits=1, dtype=1, adapter_dtype=1, stream=0,
 )  # fmt: skip
@@ -120,8 +120,8 @@ MULTI_LORA = dict(
     "changed, message",
     [
         ({"w": 0}, r"^w: expected an address, got null for \[32, 64\]$"),
-        ({"flags": 0}, "^flags, s, sums: expected addresses, got null$"),
-        ({"splits": 2}, "^flags, s, sums: expected addresses, got null$"),
+        ({"s": 0}, "^s, sums: expected addresses, got null$"),
+        ({"splits": 2}, "^s, sums: expected addresses, got null$"),
         ({"splits": 0, "sums": 8}, "^splits: expected 1 <= splits <= 16, got 0$"),
         ({"m": 65}, "^m: expected at most 64, got 65$"),
         ({"k": 2**31}, r"^k, count, max_rank: expected <= 2\^30, got 2147483648, 3, 8$"),
@@ -139,11 +139,11 @@ def test_multi_lora_refuses_bad_input_before_the_launch(changed, message):
 
 @needs_cuda_half
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would be made")
-@pytest.mark.parametrize("dtype, kind", [(0, "fma"), (1, "mma"), (2, "mma")])
-def test_a_failed_launch_of_multi_lora_names_its_kernel(dtype, kind):
-    call = MULTI_LORA | dict.fromkeys(("x", "w", "a", "b"), 16)
-    with pytest.raises(RuntimeError, match=f"^multi_lora_{kind}_kernel: "):
-        native.multi_lora_cuda(*(call | {"dtype": dtype, "adapter_dtype": dtype}).values())
+@pytest.mark.parametrize("kernel", ["multi_lora", "adapter_decode"])
+def test_what_fails_before_the_launch_is_named(kernel):
+    call = MULTI_LORA if kernel == "multi_lora" else ADAPTER
+    with pytest.raises(RuntimeError, match="^workspace: "):
+        getattr(native, f"{kernel}_cuda")(*call.values())
 
 
 ADAPTER = dict(
@@ -172,13 +172,6 @@ ADAPTER = dict(
 def test_adapter_decode_refuses_bad_input_before_the_launch(changed, message):
     with pytest.raises(ValueError, match=message):
         native.adapter_decode_cuda(*(ADAPTER | changed).values())
-
-
-@needs_cuda_half
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would be made")
-def test_what_fails_before_adapter_decode_is_named():
-    with pytest.raises(RuntimeError, match="^workspace: "):
-        native.adapter_decode_cuda(*ADAPTER.values())
 
 
 @needs_cuda_half

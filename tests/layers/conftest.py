@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import fusedpeft as fp
+
 
 def with_biases(model: torch.nn.Module) -> torch.nn.Module:
     """Biases start at zero, which would hide one that is lost or added twice."""
@@ -108,3 +110,19 @@ def lively() -> Callable[[torch.nn.Module], torch.nn.Module]:
         return model
 
     return lively
+
+
+@pytest.fixture
+def with_prefix() -> Callable[..., torch.nn.Module]:
+    """(model, name, **settings) -> the model with a prefix of 5 that acts on it."""
+
+    def attach(model: torch.nn.Module, name: str = "default", **settings) -> torch.nn.Module:
+        fp.attach(model, fp.PrefixTuning(length=5, **settings), name)
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "fusedpeft_prefix" in key and parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return attach

@@ -48,16 +48,6 @@ def classifier(name):
     return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
 
 
-def learned(model, name="default", **settings):
-    fp.attach(model, fp.PrefixTuning(length=P, **settings), name)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "fusedpeft_prefix" in key and parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def concatenated(model, prefixed):
     """`model` with the prefix of `prefixed` by the textbook: keys and values concatenated."""
     pairs = [
@@ -82,9 +72,9 @@ def concatenated(model, prefixed):
 
 
 @pytest.mark.parametrize("name, first", [("Bert", 0), ("Roberta", 2)])
-def test_encoders(name, first, ids):
+def test_encoders(name, first, ids, with_prefix):
     ids = ids.clamp(min=2)  # 1 is padding
-    model = learned(classifier(name))
+    model = with_prefix(classifier(name))
     theirs = concatenated(classifier(name), model)
     positions = torch.arange(ids.shape[1])[None] + P + first
     padded = torch.ones_like(ids)
@@ -140,9 +130,9 @@ def test_encoder_decoders_mean_the_same_to_peft(name, ids, tmp_path):
 
 @pytest.mark.parametrize("name", TWO)
 @pytest.mark.parametrize("projection", [None, 7])
-def test_encoder_decoders_generate_and_save(name, projection, ids, tmp_path):
+def test_encoder_decoders_generate_and_save(name, projection, ids, tmp_path, with_prefix):
     more = {"d_kv": 8} if name == "T5" else {}  # d_kv · heads is not d_model: PEFT's breaks
-    model = learned(two_stacks(name, **more), projection=projection)
+    model = with_prefix(two_stacks(name, **more), projection=projection)
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     growing = model.generate(ids, **options)
     assert growing.unique().numel() > 2
@@ -155,8 +145,8 @@ def test_encoder_decoders_generate_and_save(name, projection, ids, tmp_path):
     assert torch.equal(model.generate(ids, **options), growing)
 
 
-def test_rows_of_a_relative_bias_are_refused(ids):
-    model = learned(two_stacks("T5"))
+def test_rows_of_a_relative_bias_are_refused(ids, with_prefix):
+    model = with_prefix(two_stacks("T5"))
     with (
         fp.rows(model, ["default", None]),
         pytest.raises(InputError, match="rows: prefixes by row"),

@@ -32,17 +32,6 @@ def family(name, **more):
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-def learned(model, name="default", **settings):
-    """The model with a prefix that acts on it."""
-    fp.attach(model, fp.PrefixTuning(length=P, **settings), name)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if "fusedpeft_prefix" in key and parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def in_peft(build, folder, model):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     fp.save_adapter(model, folder)
@@ -51,8 +40,8 @@ def in_peft(build, folder, model):
     return model
 
 
-def test_means_the_same_to_peft(build, ids, tmp_path):
-    model = learned(build())
+def test_means_the_same_to_peft(build, ids, tmp_path, with_prefix):
+    model = with_prefix(build())
     theirs = in_peft(build, tmp_path, model)
     padded = torch.ones_like(ids)
     padded[0, :3] = 0
@@ -74,8 +63,8 @@ def test_means_the_same_to_peft(build, ids, tmp_path):
 
 
 @pytest.mark.parametrize("projection", [None, 7])
-def test_saving_and_loading(build, ids, tmp_path, projection):
-    model = learned(build(), projection=projection)
+def test_saving_and_loading(build, ids, tmp_path, projection, with_prefix):
+    model = with_prefix(build(), projection=projection)
     with torch.no_grad():
         out = model(ids).logits
         fp.save_adapter(model, tmp_path)
@@ -97,11 +86,11 @@ def test_trainable_parameters(llama, projection):
     assert all("fusedpeft_prefix" in n for n, p in llama.named_parameters() if p.requires_grad)
 
 
-def test_the_base_returns(build, ids):
+def test_the_base_returns(build, ids, with_prefix):
     model = build()
     names = [name for name, _ in model.named_modules()]
     before, implementation = model(ids).logits, model.config._attn_implementation
-    learned(model)
+    with_prefix(model)
     assert not torch.allclose(model(ids).logits, before, atol=1e-3)
     fp.activate(model, None)
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=1e-6)
@@ -113,8 +102,8 @@ def test_the_base_returns(build, ids):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_families_generate_alike_with_every_cache(name, ids, lively):
-    model = learned(lively(family(name)))
+def test_families_generate_alike_with_every_cache(name, ids, lively, with_prefix):
+    model = with_prefix(lively(family(name)))
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     growing = model.generate(ids, **options)
     assert growing[:, 9:].unique().numel() > 4
@@ -127,16 +116,16 @@ def test_families_generate_alike_with_every_cache(name, ids, lively):
     assert torch.equal(padded[0, 3:], alone[0])
 
 
-def test_a_sliding_window_does_not_hide_the_prefix(ids):
-    model = learned(family("Mistral", num_hidden_layers=1))
+def test_a_sliding_window_does_not_hide_the_prefix(ids, with_prefix):
+    model = with_prefix(family("Mistral", num_hidden_layers=1))
     model(ids).logits[:, -1].square().sum().backward()  # 9 tokens, a window of 4
     key = next(p for n, p in model.named_parameters() if n.endswith("prefix_key"))
     assert (key.grad.abs().sum((0, 2)) > 0).all()
 
 
 @pytest.mark.parametrize("projection", [None, 7])
-def test_checkpointing_changes_no_gradient(build, ids, projection):
-    model = learned(build(), projection=projection).train()
+def test_checkpointing_changes_no_gradient(build, ids, projection, with_prefix):
+    model = with_prefix(build(), projection=projection).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -153,13 +142,13 @@ def test_checkpointing_changes_no_gradient(build, ids, projection):
         torch.testing.assert_close(one, two)
 
 
-def test_attention_dropout_acts_on_the_weights(ids):
+def test_attention_dropout_acts_on_the_weights(ids, with_prefix):
     """GPT-2's 0.1: torch's own attention over prefix and keys, the same when nothing is dropped."""
     config = transformers.GPT2Config(
         vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, attn_pdrop=1e-9,
         resid_pdrop=0.0, embd_pdrop=0.0,
     )  # fmt: skip
-    model = learned(transformers.GPT2LMHeadModel(config)).eval()
+    model = with_prefix(transformers.GPT2LMHeadModel(config)).eval()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     for given in (None, mask):
@@ -173,8 +162,8 @@ def test_attention_dropout_acts_on_the_weights(ids):
 
 
 @pytest.mark.parametrize("projection", [None, 7])
-def test_a_copy_is_its_own(llama, ids, projection):
-    model = learned(llama, projection=projection)
+def test_a_copy_is_its_own(llama, ids, projection, with_prefix):
+    model = with_prefix(llama, projection=projection)
     out = model(ids).logits
     copied = copy.deepcopy(model)
     assert torch.equal(copied(ids).logits, out)
@@ -185,8 +174,8 @@ def test_a_copy_is_its_own(llama, ids, projection):
         assert torch.equal(model(ids).logits, out)
 
 
-def test_a_written_projection_is_folded_anew(llama, ids):
-    model = learned(llama, projection=7)
+def test_a_written_projection_is_folded_anew(llama, ids, with_prefix):
+    model = with_prefix(llama, projection=7)
     with torch.no_grad():
         out = model(ids).logits
         assert torch.equal(model(ids).logits, out)
@@ -194,18 +183,18 @@ def test_a_written_projection_is_folded_anew(llama, ids):
         assert not torch.equal(model(ids).logits, out)
 
 
-def test_compiles_whole(llama, ids):
-    model = learned(llama)
+def test_compiles_whole(llama, ids, with_prefix):
+    model = with_prefix(llama)
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
 
 
-def test_16_bits(ids):
-    model = learned(family("Qwen3").to(torch.bfloat16))
+def test_16_bits(ids, with_prefix):
+    model = with_prefix(family("Qwen3").to(torch.bfloat16))
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     model(ids, labels=ids).loss.backward()
-    exact = learned(copy.deepcopy(fp_free(model)).float())(ids).logits
+    exact = with_prefix(copy.deepcopy(fp_free(model)).float())(ids).logits
     low = model(ids).logits.float()
     assert (low - exact).abs().max() < 0.05 * exact.abs().max()
 
@@ -216,8 +205,8 @@ def fp_free(model):
     return copied
 
 
-def test_beside_lora_and_merged_lora(llama, ids, stir):
-    model = learned(llama, "prefix")
+def test_beside_lora_and_merged_lora(llama, ids, stir, with_prefix):
+    model = with_prefix(llama, "prefix")
     fp.attach(model, fp.LoRA(rank=3), "lora")
     stir(model)
     fp.activate(model, ["prefix", "lora"])
@@ -229,7 +218,7 @@ def test_beside_lora_and_merged_lora(llama, ids, stir):
     fp.unmerge(model)
     fp.activate(model, ["lora", "prefix"])
     torch.testing.assert_close(model(ids).logits, together)
-    learned(model, "second")
+    with_prefix(model, "second")
     with pytest.raises(InputError, match=r"one prefix acts at a time.*\['prefix', 'second'\]"):
         fp.activate(model, ["prefix", "second"])
 
@@ -268,8 +257,8 @@ def test_settings(settings, message):
         fp.PrefixTuning(**settings)
 
 
-def test_a_prefix_for_another_base(llama, ids, tmp_path):
-    fp.save_adapter(learned(llama), tmp_path)
+def test_a_prefix_for_another_base(llama, ids, tmp_path, with_prefix):
+    fp.save_adapter(with_prefix(llama), tmp_path)
     other = family("Qwen3")
     with pytest.raises(InputError, match=r"expected one floating tensor prompt_embeddings \(5, 64"):
         fp.load_adapter(other, tmp_path)

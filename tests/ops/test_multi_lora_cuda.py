@@ -12,12 +12,9 @@ from fusedpeft.ops.slots import lora_slots
 
 
 @pytest.fixture
-def captures(monkeypatch):
-    """{stream: graph that it is captured into}; flags are the numbers from 1000 on, in `free`."""
-    found: dict[int, int] = {}
-
+def on_the_cpu(monkeypatch):
     def multi_lora_cuda_(*given):
-        x, w, bias, y, slots, a, b, rank, scale, _flags, s, sums, *rest = given
+        x, w, bias, y, slots, a, b, rank, scale, s, sums, *rest = given
         *rest, processors, splits, dt, adt, _stream = rest
         sizes, count, most, m, k, n, sx, sw, *strides = rest
         assert (processors, splits, sums - s) == (132, 1, 4 * m * len(sizes) * most)
@@ -26,19 +23,16 @@ def captures(monkeypatch):
             *strides, dt, adt,
         )  # fmt: skip
 
-    fake = SimpleNamespace(multi_lora_cuda=multi_lora_cuda_, capture_id=lambda s: found.get(s, 0))
+    fake = SimpleNamespace(multi_lora_cuda=multi_lora_cuda_)
     monkeypatch.setattr(multi_lora_cuda, "native", fake)
-    monkeypatch.setattr(multi_lora_cuda, "_taken", {})
-    monkeypatch.setattr(multi_lora_cuda, "_free", {-1: [1002, 1001, 1000], 1: []})
     monkeypatch.setattr(multi_lora_cuda, "_processors", lambda device: 132)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
-    return found
 
 
 @pytest.mark.skipif(native is None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_the_kernel_is_given(captures, dtype):
+def test_what_the_kernel_is_given(on_the_cpu, dtype):
     g = torch.Generator().manual_seed(0)
     rnd = lambda *s: torch.randn(*s, generator=g).to(dtype)  # noqa: E731
     pool = lora_slots([[(rnd(3, 20), rnd(9, 3), 2.0), (rnd(8, 20), rnd(4, 8), 0.5)], None])
@@ -49,16 +43,6 @@ def test_what_the_kernel_is_given(captures, dtype):
         want = ops.multi_lora_linear(x.contiguous(), w, pool, slots, bias)
         assert got.shape == want.shape and torch.equal(got, want)
     assert multi_lora_cuda.cuda_fwd(x[:0], w, pool, slots[:0]).shape == (0, 2, 13)
-
-
-def test_flags_belong_to_a_stream_and_a_graph(captures):
-    flags = multi_lora_cuda._flags
-    assert [flags(-1, 7), flags(-1, 8), flags(-1, 7)] == [1000, 1001, 1000]
-    captures[7] = 31
-    assert [flags(-1, 7), flags(-1, 7), flags(-1, 8)] == [1002, 1002, 1001]
-    captures[9] = 32
-    with pytest.raises(RuntimeError, match="call on cuda:1 before a CUDA graph is captured"):
-        flags(1, 9)
 
 
 def test_k_is_split_where_rows_are_few():
