@@ -80,7 +80,7 @@ void prefix_decode(const void* q, Keys k, Keys v, Keys pk, Keys pv, const int32_
                    int64_t d, int64_t slot_count, int64_t max_prefix, int64_t table_stride,
                    int64_t block, int64_t block_count, double scale, int64_t window, int dtype);
 
-// What runs here: "avx512_bf16", "avx512", "avx2" or "portable", the best of the chip. The
+// What runs here: "amx", "avx512_bf16", "avx512", "avx2" or "portable", the best of the chip. The
 // environment variable FUSEDPEFT_CPU, read once, forces one; std::invalid_argument where the chip
 // lacks it.
 const char* cpu_capability();

@@ -80,10 +80,6 @@ struct Call {
     }
   }
 
-  static void meet() {
-#pragma omp barrier
-  }
-
   void run() const {
     // A core does some 2^16 products with W while another wakes up.
     const int64_t worth = d.n * d.k * (d.m + 3) / 4 >> 16;

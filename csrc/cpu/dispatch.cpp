@@ -34,6 +34,10 @@ void adapters_in_bf16(const Adapters& a) {
 void multi_lora_in_bf16(const MultiLora& d) {
   return d.dtype == kBFloat16 ? avx512_bf16::multi_lora(d) : avx512::multi_lora(d);
 }
+void decode_in_tiles(const Decode& d) { return fit_tiles(d) ? amx::decode(d) : in_bf16(d); }
+void multi_lora_in_tiles(const MultiLora& d) {
+  return fit_tiles(d) ? amx::multi_lora(d) : multi_lora_in_bf16(d);
+}
 #endif
 
 // Best first.
@@ -46,7 +50,10 @@ const Level* levels(int* count) {
       avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   static const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  static const bool tiles = bf16 && amx::here();
   static const Level all[] = {
+      {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
+       multi_lora_in_tiles},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_bf16},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
@@ -210,7 +217,7 @@ void multi_lora(const void* x, const void* w, const void* bias, void* y, const i
                static_cast<const char*>(pool.b) +
                    (s * pool.b_slot + first * pool.max_rank) * adapter_bytes,
                rank, first, pool.sizes[part], sb, floats, stride,
-               pool.scale[s * pool.parts + part], begin, end});
+               pool.scale[s * pool.parts + part], begin, end, begin - batch.begin});
           floats += (end - begin) * stride;
         }
       }

@@ -22,6 +22,7 @@ struct LoraPart {
   int64_t s, stride;          // S in the call's scratch, the distance of its tokens; in floats
   float scale;
   int begin, end;  // tokens
+  int column;      // of `begin` among the batch's tokens
 };
 struct Batch {
   int begin, end;                  // tokens
@@ -39,6 +40,23 @@ struct MultiLora {
   int dtype, adapter_dtype;
 };
 
+constexpr int64_t kRankStep = 8;  // pyext/ops/slots.py
+
+// What multi_lora_tiles.h takes. The number of tokens does not count: bits are the same beside any.
+inline bool fit_tiles(const MultiLora& d) {
+  return d.dtype == kBFloat16 && d.adapter_dtype == kBFloat16 && d.k % 32 == 0;
+}
+inline bool fit_tiles(const Decode& d) {
+  return d.dtype == kBFloat16 && d.adapter_dtype == kBFloat16 && d.k % 32 == 0 &&
+         d.r % kRankStep == 0;
+}
+
+struct TileShapes {  // of AMX's eight tiles, as the chip reads them
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {};
+  uint8_t rows[16] = {};
+};
+
 struct Dropout {
   const void* x;
   void* out;
@@ -49,7 +67,6 @@ struct Dropout {
 };
 
 constexpr int64_t kMaxTokens = 64;  // of one call
-constexpr int64_t kRankStep = 8;    // pyext/ops/slots.py
 struct PrefixItem {  // queries of `count` requests against keys begin..end that all of them see
   int64_t slot;      // whose prefix; -1: the keys of members[0] itself
   const int64_t* members;
@@ -103,6 +120,11 @@ void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is av
 void decode(const Decode& d);  // in bf16; the rest is avx512's
 void multi_lora(const MultiLora& d);
 }  // namespace avx512_bf16
+namespace amx {
+bool here();  // asks the kernel for the tiles, once
+void decode(const Decode& d);
+void multi_lora(const MultiLora& d);
+}  // namespace amx
 #endif
 
 void run(const PrefixDecode& d);  // on the instruction set that runs here

@@ -47,6 +47,7 @@ struct InOrder {
 template <class T, class TA, class PW, class PA>
 struct MultiCall {
   using PB = InOrder<TA>;
+  static constexpr int64_t kSplit = kWidth;               // a thread's rows are multiples of it
   static constexpr int64_t kTile = round_up(24, kWidth);  // rows whose sums are held
   static constexpr int64_t kTileBytes = 1 << 17;          // of W, where several batches read it
 
@@ -55,11 +56,12 @@ struct MultiCall {
   float* s;
   Packings<T, PW, PA> x;
 
-  explicit MultiCall(const MultiLora& d)
+  // extra: floats behind all others, for who builds on this.
+  explicit MultiCall(const MultiLora& d, int64_t extra = 0)
       : d(d),
         w(static_cast<const T*>(d.w)),
         bias(static_cast<const T*>(d.bias)),
-        s(static_cast<float*>(scratch((d.s_size + x.floats(d.m, d.k)) * sizeof(float)))),
+        s(static_cast<float*>(scratch((d.s_size + x.floats(d.m, d.k) + extra) * sizeof(float)))),
         x(s + d.s_size, d.m, d.k) {
     for (int64_t i = 0; i < d.s_size; ++i) s[i] = 0;
   }
@@ -72,6 +74,14 @@ struct MultiCall {
   static int step(const Groups& groups) { return static_cast<int>(min_of(4, rows_for(groups.size))); }
 
   void shrink(int64_t thread, int64_t team) const {
+    shrink(thread, team, [&](const LoraPart& p, int64_t m, int64_t r, float v) {
+      s[p.s + m * p.stride + r] = v;
+    });
+  }
+
+  // put(part, token of it, rank, element of S) for a thread's share.
+  template <class Put>
+  void shrink(int64_t thread, int64_t team, Put put) const {
     const LoraPart* last = d.parts + d.part_count;
     int64_t all = 0;
     for (const LoraPart* p = d.parts; p < last; ++p)
@@ -92,10 +102,18 @@ struct MultiCall {
         dot_groups<PA>(acc, true, a + r * d.sa, d.sa, rows, tokens, groups, next);
         for (int64_t q = 0; q < rows; ++q)
           for (int64_t m = 0; m < p->end - p->begin; ++m)
-            s[p->s + m * p->stride + r + q] = p->scale * sum(acc[q * kTokens + m]);
+            put(*p, m, r + q, p->scale * sum(acc[q * kTokens + m]));
       }
       at += steps;
     }
+  }
+
+  // Rows of B, once for each batch, on their way to the cache.
+  void fetch(const LoraPart& p, int64_t from, int64_t to) const {
+    const char* b = static_cast<const char*>(p.b);
+    const int64_t row = p.sb * static_cast<int64_t>(sizeof(TA));
+    for (int64_t at = (from - p.first) * row; at < (to - p.first) * row; at += kLine)
+      __builtin_prefetch(b + at, 0, 2);
   }
 
   // Calls fn(part, first, last) for the rows of W in [n, end) that a part of the batch is added to.
@@ -122,16 +140,12 @@ struct MultiCall {
     for (int64_t n = begin; n < end; n += tile) {
       const int64_t stop = min_of(n + tile, end);
       for (const Batch* batch = d.batches; batch < d.batches + d.batch_count; ++batch) {
-        each_part(*batch, n, stop, [&](const LoraPart& p, int64_t from, int64_t to) {
-          const char* b = static_cast<const char*>(p.b);
-          const int64_t row = p.sb * static_cast<int64_t>(sizeof(TA));
-          for (int64_t at = (from - p.first) * row; at < (to - p.first) * row; at += kLine)
-            __builtin_prefetch(b + at, 0, 2);
-        });
+        each_part(*batch, n, stop,
+                  [&](const LoraPart& p, int64_t from, int64_t to) { fetch(p, from, to); });
         base(acc, *batch, n, stop, batch == d.batches);
         if (n == begin && batch == d.batches) ready();
         each_part(*batch, n, stop, [&](const LoraPart& p, int64_t from, int64_t to) {
-          update(acc + (from - n) * kTokens + p.begin - batch->begin, p, from, to);
+          update(acc + (from - n) * kTokens + p.column, p, from, to);
         });
         store(acc, *batch, n, stop);
       }
@@ -173,38 +187,36 @@ struct MultiCall {
       }
     }
   }
-
-  static void meet() {
-#pragma omp barrier
-  }
-
-  void run() const {
-    // A core does some 2^16 products with W while another wakes up.
-    const int64_t worth = d.n * d.k * (d.m + 3) / 4 >> 16;
-    const int threads = static_cast<int>(min_of(omp_get_max_threads(), worth));
-    if (threads <= 1) {
-      pack(0, 1);
-      shrink(0, 1);
-      expand(0, d.n, [] {});
-      return;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-      const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
-      pack(thread, team);
-      meet();
-      shrink(thread, team);
-      const int64_t blocks = d.n / kWidth;
-      expand(blocks * thread / team * kWidth,
-             thread + 1 < team ? blocks * (thread + 1) / team * kWidth : d.n, meet);
-    }
-  }
 };
+
+template <class Call>
+void run_multi(const Call& call) {
+  const MultiLora& d = call.d;
+  // A core does some 2^16 products with W while another wakes up.
+  const int64_t worth = d.n * d.k * (d.m + 3) / 4 >> 16;
+  const int threads = static_cast<int>(min_of(omp_get_max_threads(), worth));
+  if (threads <= 1) {
+    call.pack(0, 1);
+    call.shrink(0, 1);
+    call.expand(0, d.n, [] {});
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    call.pack(thread, team);
+    meet();
+    call.shrink(thread, team);
+    const int64_t blocks = d.n / Call::kSplit;
+    call.expand(blocks * thread / team * Call::kSplit,
+                thread + 1 < team ? blocks * (thread + 1) / team * Call::kSplit : d.n, meet);
+  }
+}
 
 template <class T>
 void multi_wide(const MultiLora& d) {
-  if (d.adapter_dtype == d.dtype) return MultiCall<T, T, Wide<T>, Wide<T>>(d).run();
-  if constexpr (sizeof(T) == 2) return MultiCall<T, float, Wide<T>, Wide<float>>(d).run();
+  if (d.adapter_dtype == d.dtype) return run_multi(MultiCall<T, T, Wide<T>, Wide<T>>(d));
+  if constexpr (sizeof(T) == 2) return run_multi(MultiCall<T, float, Wide<T>, Wide<float>>(d));
 }
 
 inline void multi_any(const MultiLora& d) {

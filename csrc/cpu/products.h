@@ -22,6 +22,10 @@ typedef uint32_t U __attribute__((vector_size(4 * kWidth)));
 typedef float UnalignedF __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 typedef uint32_t UnalignedU __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
 
+inline void meet() {
+#pragma omp barrier
+}
+
 // --- vectors ------------------------------------------------------------------------------------
 
 FUSEDPEFT_INLINE float sum(F v) {

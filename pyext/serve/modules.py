@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.ops.lora import MAX_DECODE_TOKENS, lora_linear
+from fusedpeft.ops.lora import MAX_DECODE_TOKENS
 from fusedpeft.ops.multi_lora import multi_lora_linear
-from fusedpeft.ops.slots import LoRASlots
+from fusedpeft.ops.slots import LoRASlots, empty_lora_slots
 from fusedpeft.serve.model_places import width
 
 if TYPE_CHECKING:
@@ -139,15 +139,17 @@ class Serving:
                 self.local.batch = before
 
     def _bare(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        """A linear without adapters, as one whose adapter of rank 1 is zero."""
-        local, (n, k) = self.local, module.weight.shape
-        a, b = module.weight.new_zeros(1, k), module.weight.new_zeros(n, 1)
+        """A linear without adapters: no row of a batch names a slot of a pool that has none."""
+        local, (n, k), dtype = self.local, module.weight.shape, module.weight.dtype
+        pool = empty_lora_slots(k, (n,), slots=1, max_rank=1, dtype=dtype)
+        none = torch.full((MAX_DECODE_TOKENS,), -1, dtype=torch.int32)
 
         def forward(x: Tensor) -> Tensor:
             few = x.numel() <= MAX_DECODE_TOKENS * k
             if not few or getattr(local, "batch", None) is None:
                 return nn.Linear.forward(module, x)
-            return lora_linear(x, module.weight, a, b, 0.0, module.bias)
+            slots = none[: x.numel() // k]
+            return multi_lora_linear(x, module.weight.detach(), pool, slots, module.bias)
 
         return forward
 

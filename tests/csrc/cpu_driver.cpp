@@ -81,6 +81,8 @@ int main() {
     for (int64_t n : {0, 1, 2, 30, 49}) decode(3, 33, n, 4, dtype, adapter, false, 1);
     decode(13, 1100, 130, 16, dtype, adapter, true, 5);  // two tiles and a tail, several threads
     decode(1, 700, 1000, 3, dtype, adapter, true, 0);
+    for (int64_t m : {1, 3, 16, 19}) decode(m, 1088, 70, 48, dtype, adapter, m % 2, 2);
+    decode(2, 0, 20, 8, dtype, adapter, true, 0);
   }
   for (int dtype : {0, 1, 2}) {
     drop(0, 5, dtype, 0), drop(1, 1, dtype, 0), drop(3, 63, dtype, 1), drop(40, 1000, dtype, 3);

@@ -1,6 +1,6 @@
 // The kernels at AVX-512's width and register count on any chip, in place of portable.cpp: what
-// groups of 6 tokens, 8 rows and blocks of 32 do, and the bf16 pairs of avx512_bf16.cpp with their
-// one instruction spelt out.
+// groups of 6 tokens, 8 rows and blocks of 32 do, the bf16 pairs of avx512_bf16.cpp and the tiles of
+// amx.cpp, with their instructions spelt out.
 #include <omp.h>
 
 #include "cpu/isa.h"
@@ -59,7 +59,60 @@ struct Pairs {
   }
 };
 
+struct Tile {
+  unsigned char rows[16][64];
+};
+thread_local TileShapes shapes;
+thread_local Tile tiles[8];
+
+void tiles_begin(const TileShapes& wanted) {
+  shapes = wanted;
+  __builtin_memset(tiles, 0, sizeof tiles);
+}
+void tiles_end() { tiles_begin({}); }
+
+template <int t>
+void tile_zero() {
+  __builtin_memset(&tiles[t], 0, sizeof(Tile));
+}
+template <int t>
+void tile_load(const void* from, int64_t bytes) {
+  for (int i = 0; i < shapes.rows[t]; ++i)
+    __builtin_memcpy(tiles[t].rows[i], static_cast<const char*>(from) + i * bytes, shapes.bytes[t]);
+}
+template <int t>
+void tile_store(void* to, int64_t bytes) {
+  for (int i = 0; i < shapes.rows[t]; ++i)
+    __builtin_memcpy(static_cast<char*>(to) + i * bytes, tiles[t].rows[i], shapes.bytes[t]);
+}
+// Traps where the chip would: shapes that do not fit each other.
+template <int c, int w, int x>
+void tile_dot() {
+  const int rows = shapes.rows[c], pairs = shapes.rows[x], columns = shapes.bytes[c] / 4;
+  if (rows == 0 || columns == 0 || shapes.rows[w] != rows || shapes.bytes[w] != 4 * pairs ||
+      shapes.bytes[x] != 4 * columns)
+    __builtin_trap();
+  const auto number = [](const Tile& t, int i, int j) {
+    BFloat16 v;
+    __builtin_memcpy(&v, t.rows[i] + 2 * j, sizeof v);
+    return to_float(v);
+  };
+  for (int i = 0; i < rows; ++i)
+    for (int m = 0; m < columns; ++m) {
+      float sum;
+      __builtin_memcpy(&sum, tiles[c].rows[i] + 4 * m, sizeof sum);
+      for (int j = 0; j < 2 * pairs; ++j)
+        sum += number(tiles[w], i, j) * number(tiles[x], j / 2, 2 * m + j % 2);
+      __builtin_memcpy(tiles[c].rows[i] + 4 * m, &sum, sizeof sum);
+    }
+}
+
 }  // namespace
+}  // namespace fusedpeft::cpu
+
+#include "cpu/multi_lora_tiles.h"
+
+namespace fusedpeft::cpu {
 
 namespace portable {
 
@@ -69,6 +122,7 @@ void adapters(const Adapters& a) {
 }
 void decode(const Decode& d) {
   if (d.dtype != kBFloat16) return decode_any(d);
+  if (fit_tiles(d)) return decode_in_tiles<Pairs>(d);
   if (d.adapter_dtype == kBFloat16) return decode_as<BFloat16, BFloat16, Pairs, Pairs>(d);
   return decode_as<BFloat16, float, Pairs, Wide<float>>(d);
 }
@@ -76,8 +130,9 @@ void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void multi_lora(const MultiLora& d) {
   if (d.dtype != kBFloat16) return multi_any(d);
-  if (d.adapter_dtype == kBFloat16) return MultiCall<BFloat16, BFloat16, Pairs, Pairs>(d).run();
-  return MultiCall<BFloat16, float, Pairs, Wide<float>>(d).run();
+  if (fit_tiles(d)) return run_multi(TileCall<Pairs>(d));
+  if (d.adapter_dtype == kBFloat16) return run_multi(MultiCall<BFloat16, BFloat16, Pairs, Pairs>(d));
+  return run_multi(MultiCall<BFloat16, float, Pairs, Wide<float>>(d));
 }
 
 }  // namespace portable

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", f"-I{CSRC}"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-LEVELS = ["avx512_bf16", "avx512", "avx2", "portable"]
+LEVELS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 needs_native = pytest.mark.skipif(native is None, reason="the extension is not built")
 
 
@@ -42,9 +42,9 @@ def levels_here() -> list[str]:
 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory) -> dict[str, Path]:
-    """cpu_driver.cpp with csrc/cpu, and again with cpu_wide.cpp, which stands in for AVX-512.
+    """cpu_driver.cpp with csrc/cpu, and again with cpu_wide.cpp in for AVX-512 and AMX.
 
-    AVX-512 itself may not run here: it only has to compile.
+    Those may not run here: they only have to compile.
     """
     folder, here = tmp_path_factory.mktemp("cpu"), Path(__file__).parent
     probe = folder / "probe.cpp"
@@ -55,7 +55,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
-        checked = [] if source.stem.startswith("avx512") else SANITIZE
+        checked = [] if source.stem.startswith(("amx", "avx512")) else SANITIZE
         done = run(CXX, *FLAGS, *checked, "-c", source, "-o", made)
         assert done.returncode == 0, done.stderr[-4000:]
         return made

@@ -136,9 +136,10 @@ def test_a_slot_is_replaced_and_evicted_without_a_trace():
 
 
 @needs_native
+@pytest.mark.parametrize("k", [700, 704])  # 704: whole tiles, for chips that multiply those
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_depend_on_neither_neighbours_nor_threads(dtype):
-    x, w, pool, slots, bias = make(37, 700, (90, 31), ((8, 3), (12, 0), (17, 24)), dtype)
+def test_bits_depend_on_neither_neighbours_nor_threads(dtype, k):
+    x, w, pool, slots, bias = make(37, k, (90, 31), ((8, 3), (12, 0), (17, 24)), dtype)
     want = ops.multi_lora_linear(x, w, pool, slots, bias, impl="native")
     threads = torch.get_num_threads()
     try:
@@ -155,6 +156,23 @@ def test_bits_depend_on_neither_neighbours_nor_threads(dtype):
                 assert torch.equal(got, want[rows]), (count, rows)
     finally:
         torch.set_num_threads(threads)
+
+
+@needs_native
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("where", ["x", "a", "b"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_with_its_token(dtype, where, bad):
+    x, w, pool, slots, bias = make(20, 96, (40, 31), ((8, 3), (12, 5), (17, 40)), dtype)
+    want = ops.multi_lora_linear(x, w, pool, slots, bias, impl="native")
+    mine = slots == 1
+    if where == "x":
+        x[mine, 50] = bad
+    else:
+        getattr(pool.get(1)[0], where)[0, 1] = bad  # a view
+    got = ops.multi_lora_linear(x, w, pool, slots, bias, impl="native")
+    assert mine.any() and not got[mine].isfinite().all(1).any()
+    assert torch.equal(got[~mine], want[~mine])
 
 
 def test_gradients_are_refused():
