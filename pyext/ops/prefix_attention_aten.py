@@ -1,13 +1,14 @@
 """prefix_attention on a CPU: prefix and keys attended to apart, merged by their logsumexp.
 
-A part is one call of ATen's flash attention on a few rows at a time, in fp32 for 16-bit inputs:
-ATen's own 16-bit backward takes seven times as long without AMX, and is less exact. Backward needs
-no merge: with the whole row's out and logsumexp each part gives its own share of dq, dk and dv, and
+A part is one call of ATen's flash attention on a few rows at a time. 16-bit inputs are computed in
+fp32, but for the forward pass of bf16 on a chip with AMX: without it ATen's own takes seven times as
+long, and its backward is the slower one, and less exact, on any chip. Backward needs no merge: with the whole row's out and logsumexp each part gives its own share of dq, dk and dv, and
 the shares of a shared prefix are added row by row, in order.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _QUERIES = 128  # rows of a block that masks by position: what lies beyond its last key is skipped
-_CHUNK_BYTES = 2**20  # of q, at a time
+_FORWARD_BYTES, _BACKWARD_BYTES = 2**22, 2**21  # of q, at a time: of some it takes copies
 _Block = tuple[slice, slice, Tensor | None, Tensor | None]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -25,6 +26,15 @@ _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 def acc_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+
+
+def _forward_dtype(t: Tensor) -> torch.dtype:
+    return t.dtype if t.dtype == torch.bfloat16 and _has_amx() else acc_dtype(t)
 
 
 def _blocks(
@@ -52,23 +62,25 @@ def _blocks(
         yield slice(q0, q1), slice(lo, hi), bias, dead
 
 
-def _jobs(q: Tensor, k: Tensor, pk: Tensor, mask: Tensor | None, cu: Tensor | None, ids):
+def _jobs(
+    q: Tensor, k: Tensor, pk: Tensor, mask: Tensor | None, cu, ids, dtype: torch.dtype, most: int
+):
     """(index of q, of k, of the prefix [·, HKV, P, D], of the mask) to compute at a time.
 
     Rows that share a prefix go together until there is work for every thread and the call's
-    overhead is small; more would only cost memory. 16-bit heads, which need fp32 copies, go apart.
+    overhead is small; more would only cost memory. Heads that need copies in `dtype` go apart.
     """
     whole, one, (H, HKV) = slice(None), pk.shape[0] == 1 and ids is None, (q.shape[1], k.shape[1])
     threads, group = torch.get_num_threads(), max(H // HKV, 1)
     if cu is None:
-        fits = _CHUNK_BYTES // max(1, q[:1].numel() * 4)
+        fits = most // max(1, q[:1].numel() * dtype.itemsize)
         step = 1 if ids is not None else max(-(-threads // HKV), fits, 1)
         spans = [(slice(i, min(i + step, len(q))), whole) for i in range(0, len(q), step)]
     else:
         ends = cu.tolist()
         spans = [(whole, slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     ids = None if ids is None else ids.tolist()
-    heads = HKV if q.dtype == acc_dtype(q) else min(HKV, -(-threads // group))
+    heads = HKV if q.dtype == dtype else min(HKV, threads)  # ATen's backward deals out those of k
     for i, (rows, tokens) in enumerate(spans):
         if q[rows, :, tokens].numel() == 0:
             continue
@@ -103,13 +115,13 @@ def _shared(prefix: Tensor, rows: int, acc: torch.dtype) -> Tensor | None:
 
 def _part_fwd(q, k, v, pk, pv, mask, out, lse, causal: bool, scale: float, window: int) -> None:
     """out and lse, which hold 0 and −inf, of a few rows: the keys first, then the prefix."""
-    for qs, ks, bias, dead in _blocks(mask, q.dtype, q.shape[2], k.shape[2], causal, window):
+    for qs, ks, bias, dead in _blocks(mask, lse.dtype, q.shape[2], k.shape[2], causal, window):
         ins = (q[:, :, qs], k[:, :, ks], v[:, :, ks])
         out[:, :, qs], e = _flash(*ins, attn_mask=bias, scale=scale)
         lse[:, :, qs] = e if dead is None else e.masked_fill(dead, -math.inf)
     if pk is not None:
         o, e = _flash(q, pk, pv, scale=scale)
-        out.lerp_(o, torch.sigmoid(e - lse).unsqueeze(-1))
+        out.lerp_(o, torch.sigmoid(e - lse).unsqueeze(-1).to(out.dtype))
         lse.copy_(torch.logaddexp(lse, e))
 
 
@@ -118,13 +130,14 @@ def aten_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window:
     pk, pv = _as_rows(pk), _as_rows(pv)
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:3], -math.inf, dtype=acc)
-    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids):
-        ins = [_unit(t, acc) for t in (q[aq], k[ak], v[ak])]
-        prefix = [_shared(t[ap], len(ins[0]), acc) for t in (pk, pv)]
+    dtype = _forward_dtype(q)
+    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, dtype, _FORWARD_BYTES):
+        ins = [_unit(t, dtype) for t in (q[aq], k[ak], v[ak])]
+        prefix = [_shared(t[ap], len(ins[0]), dtype) for t in (pk, pv)]
         m = None if mask is None else mask[am].to(acc)
-        o = out[aq].to(acc)  # a copy only for 16 bits
+        o = out[aq].to(dtype)  # a copy only where 16 bits are computed in fp32
         _part_fwd(*ins, *prefix, m, o, lse[aq], causal, scale, window)
-        if out.dtype != acc:
+        if out.dtype != dtype:
             out[aq] = o
     return out, lse
 
@@ -138,14 +151,19 @@ def _part_bwd(
     blocks = _blocks(mask, q.dtype, q.shape[2], k.shape[2], causal, window) if keys else ()
     for qs, ks, bias, _ in blocks:
         ins = (dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs])
-        grads = _flash_bwd(*ins, 0.0, False, attn_mask=bias, scale=scale)
-        for whole, at, part in zip((dq, dk, dv), (qs, ks, ks), grads, strict=True):
-            whole[:, :, at] += part
+        wholes = (dq[:, :, qs], dk[:, :, ks], dv[:, :, ks])
+        _add(wholes, _flash_bwd(*ins, 0.0, False, attn_mask=bias, scale=scale))
     if pk is None:
         return ()
     dq_p, *prefix = _flash_bwd(dout, q, pk, pv, out, lse, 0.0, False, scale=scale)
     dq += dq_p
     return tuple(prefix)
+
+
+def _add(wholes: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    """A call of its own: names of a loop would hold the parts beside the next ones."""
+    for whole, part in zip(wholes, parts, strict=True):
+        whole += part
 
 
 def aten_bwd(
@@ -161,7 +179,7 @@ def aten_bwd(
     pk, pv = _as_rows(pk), _as_rows(pv)
     wholes = [torch.zeros(t.shape, dtype=like) for t in (q, k, v)]
     dpk, dpv = (torch.zeros(t.shape, dtype=acc) for t in (pk, pv))
-    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids):
+    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, acc, _BACKWARD_BYTES):
         do, *ins, o = (_unit(t, acc) for t in (dout[aq], q[aq], k[ak], v[ak], out[aq]))
         prefix = [_shared(t[ap], len(do), acc) for t in (pk, pv)]
         m = None if mask is None else mask[am].to(acc)
