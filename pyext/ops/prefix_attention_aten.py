@@ -1,9 +1,10 @@
 """prefix_attention on a CPU: prefix and keys attended to apart, merged by their logsumexp.
 
 A part is one call of ATen's flash attention on a few rows at a time. 16-bit inputs are computed in
-fp32, but for the forward pass of bf16 on a chip with AMX: without it ATen's own takes seven times as
-long, and its backward is the slower one, and less exact, on any chip. Backward needs no merge: with the whole row's out and logsumexp each part gives its own share of dq, dk and dv, and
-the shares of a shared prefix are added row by row, in order.
+fp32, but for the forward pass of bf16 on a chip with AMX: without it ATen's own takes seven times
+as long, and its backward is slower and less exact on any chip. Backward needs no merge: with the
+whole row's out and logsumexp each part gives its own share of dq, dk and dv, and the shares of a
+shared prefix are added row by row, in order.
 """
 
 from __future__ import annotations
