@@ -39,7 +39,7 @@ def _compute_dtype(x: Tensor, w: Tensor, norm: str) -> torch.dtype:
     dtype = torch.promote_types(x.dtype, w.dtype)
     if dtype not in (torch.bfloat16, torch.float16):
         return dtype
-    if norm:
+    if norm and not (norm == "layer_norm" and x.device.type == "cpu"):
         return torch.float32  # x − μ is not rounded
     if x.device.type == "cpu":
         bf16 = dtype == torch.bfloat16
@@ -71,6 +71,11 @@ def _centred(x: Tensor, norm: str, eps: float) -> tuple[Tensor, Tensor]:
         x = x - mean[:, None]
     square = torch.linalg.vector_norm(x, dim=1).square_().div_(x.shape[1])
     return x, torch.stack((mean, square.add_(eps).rsqrt_()), 1)
+
+
+def _rounds(norm: str, dtype: torch.dtype) -> bool:
+    """Whether LayerNorm's output is made, in 16 bits as torch does, for products in those."""
+    return norm == "layer_norm" and dtype.itemsize == 2
 
 
 def _with_ones(h: Tensor) -> Tensor:
@@ -111,7 +116,13 @@ def aten_fwd(
     dtype = _compute_dtype(x, down_w, norm)
     xc = x.to(dtype)
     w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
-    if norm:
+    if _rounds(norm, dtype):
+        # Ones: without a weight in fp32 its statistics would be rounded as well.
+        ones = stats_ones(xc)
+        xhat, *stats = _aten.native_layer_norm(xc, list(ones.shape), ones, None, eps)
+        p, stats = F.linear(xhat, w, c), torch.cat(stats, 1)
+        del xhat  # before y is made
+    elif norm:
         centred, stats = _centred(xc, norm, eps)
         p = torch.mm(centred, w.t()).mul_(stats[:, 1:])
         del centred  # before y is made
@@ -159,12 +170,15 @@ def aten_bwd(
         return tuple(grads)
 
     dp = gradient(torch.mm(du, up_w.to(dtype)).mul_(scale), p)
-    q = dp * stats[:, 1:] if norm else dp
+    rounds = _rounds(norm, dtype)
+    q = dp * stats[:, 1:] if norm and not rounds else dp
     dc = dp.sum(0) if need_db or need_nb or (need_dw and norm_b is not None) else None
     if need_dw or need_nw:
         xc = x.to(dtype)
+        if rounds:
+            xc = x.to(stats.dtype).sub_(stats[:, :1]).mul_(stats[:, 1:]).to(dtype)
         dw = torch.mm(q.t(), xc)
-        if norm == "layer_norm":
+        if norm == "layer_norm" and not rounds:
             dw.sub_(torch.mv(q.t(), stats[:, 0])[:, None])
         if need_nw:
             grads[5] = (dw * down_w).sum(0).to(down_w.dtype)
@@ -179,6 +193,12 @@ def aten_bwd(
         grads[6] = torch.mv(down_w.to(dtype).t(), dc).to(down_w.dtype)
     if need_x:
         w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
+        if rounds:
+            mean, rstd = (column.contiguous() for column in stats.split(1, 1))
+            of_norm = (torch.mm(q, w), x.to(dtype), [d], mean, rstd, stats_ones(x), None)
+            dx = _aten.native_layer_norm_backward(*of_norm, [True, False, False])[0]
+            grads[0] = (dx.add_(dy) if add_x else dx).to(dy.dtype)
+            return tuple(grads)
         if norm:
             row = (q * (p if c is None else p - c)).sum(1).div_(d)
             alpha = row * stats[:, 1]
@@ -190,6 +210,10 @@ def aten_bwd(
             dx.addcmul_(x.to(dtype), alpha[:, None], value=-1.0)
         grads[0] = dx.to(dy.dtype)
     return tuple(grads)
+
+
+def stats_ones(x: Tensor) -> Tensor:
+    return x.new_ones(x.shape[1], dtype=stats_dtype(x))
 
 
 def stats_dtype(x: Tensor) -> torch.dtype:
