@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
-from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes
-from fusedpeft.ops.prefix_decode_impls import as_slots, forward
+from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes, plainly_decodes
+from fusedpeft.ops.prefix_decode_impls import as_slots, forward, native_shared
 from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_decode_impl
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -202,6 +202,13 @@ def prefix_attention(
     Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
     device that has no kernel.
     """
+    plain = all([type(t) in _PLAIN for t in (q, k, v, prefix_k, prefix_v)])
+    plain = plain and not torch.compiler.is_compiling()
+    rare = not plain or not (mask is cu_seqlens is prefix_ids is impl is None)
+    if not rare and plainly_decodes(q, k, v, prefix_k, prefix_v, causal, window, scale):
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        out, lse = native_shared(q, k, v, prefix_k, prefix_v, scale, window or 0)
+        return (out, lse) if return_lse else out
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -213,7 +220,6 @@ def prefix_attention(
     tensors = (q, k, v, prefix_k, prefix_v, mask, cu_seqlens, prefix_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     args = (*tensors, bool(causal), scale, window or 0, impl)
-    plain = all(type(t) in _PLAIN for t in tensors[:5]) and not torch.compiler.is_compiling()
     run = _forward if impl in DECODE else _PrefixAttention.apply
     out, lse = (run if plain else torch.ops.fusedpeft.prefix_attention)(*args)
     return (out, lse) if return_lse else out

@@ -92,6 +92,36 @@ def decodes(q, k, v, pk, pv, causal: bool, mask, cu) -> bool:
     )
 
 
+def plainly_decodes(q, k, v, pk, pv, causal: bool, window, scale) -> bool:
+    """Whether `check` would pass and the C++ kernel answers, for one prefix and without mask,
+    cu_seqlens and prefix_ids: in 4 us instead of 30, as every layer of a decoded token asks it.
+
+    False may also mean that it takes the long list to know.
+    """
+    try:
+        (B, H, T, D), (_, HKV, S, _), (_, P, _) = q.shape, k.shape, pk.shape
+    except ValueError:
+        return False
+    shape, of_prefix, dtype = (B, HKV, S, D), (HKV, P, D), q.dtype
+    return (
+        (T == 1 or causal and T <= MAX_DECODE_QUERIES)
+        and T <= S
+        and 1 <= D <= MAX_HEAD_DIM
+        and HKV > 0
+        and H % HKV == 0
+        and k.shape == shape == v.shape
+        and pk.shape == of_prefix == pv.shape
+        and dtype in DTYPE_CODES
+        and k.dtype == v.dtype == pk.dtype == pv.dtype == dtype
+        and q.is_cpu and k.is_cpu and v.is_cpu and pk.is_cpu and pv.is_cpu
+        and (window is None or type(window) is int and window >= 1)
+        and (scale is None or type(scale) is float and math.isfinite(scale))
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and native is not None
+    )  # fmt: skip
+
+
 def check_kernel(impl: str, q: Tensor) -> None:
     """Of "native" and "cuda": that fusedpeft._C has it, and that it takes q."""
     device = "cpu" if impl == "native" else "cuda"

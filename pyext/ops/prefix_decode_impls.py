@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -98,6 +99,19 @@ def _native(q, k, v, pk, pv, plen, slots, lengths, block_table, scale, window):
         stride, block, blocks, scale, window, DTYPE_CODES[q.dtype],
     )  # fmt: skip
     return tensors[-2], tensors[-1]
+
+
+@functools.lru_cache(64)
+def _shared(rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Lengths and slots where every row has the one prefix. Never written to."""
+    with torch.inference_mode(False):
+        return torch.full((1,), length, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+
+
+def native_shared(q, k, v, pk, pv, scale: float, window: int) -> tuple[Tensor, Tensor]:
+    """One prefix [HKV, P, D] for all rows, of what `plainly_decodes` has said yes to."""
+    lengths, slots = _shared(q.shape[0], pk.shape[1])
+    return _native(q, k, v, pk[None], pv[None], lengths, slots, None, None, scale, window)
 
 
 def choose_splits(units: int, keys: int, processors: int) -> int:

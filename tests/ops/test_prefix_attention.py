@@ -311,6 +311,28 @@ def test_bad_input(change, kw, error, message):
         ops.prefix_attention(*args.values(), **kw)
 
 
+@pytest.mark.parametrize(
+    "change, kw, message",
+    [
+        (dict(k=K[..., :8]), {}, r"k, v: expected \[2, HKV, S, 32\]"),
+        (dict(k=K[:, :, :9]), {}, r"k, v: expected"),
+        (dict(q=Q[:, :3, :1]), {}, r"k: expected HKV that divides H = 3"),
+        (dict(pk=PK[:1], pv=PV[:1]), {}, r"prefix_k: expected"),
+        (dict(pv=PV[:, :5]), {}, r"prefix_v: expected \(2, 19, 32\)"),
+        (dict(pk=PK.double()), {}, r"prefix_k: expected dtype"),
+        (dict(v=V.to("meta")), {}, r"v: expected device cpu"),
+        (dict(k=K[:, :, :0], v=V[:, :, :0]), {}, r"k: expected S >= T = 1, got S = 0"),
+        ({}, dict(window=0), r"window: expected an int >= 1"),
+        ({}, dict(scale=INF), r"scale: expected a finite number"),
+        ({}, dict(impl="eager"), r"impl: expected one of"),
+    ],
+)
+def test_the_short_way_of_a_decoded_token_refuses_the_same(change, kw, message):
+    args = dict(q=Q[:, :, :1], k=K, v=V, pk=PK, pv=PV) | change
+    with torch.no_grad(), pytest.raises((TypeError, ValueError), match=message):
+        ops.prefix_attention(*args.values(), **kw)
+
+
 @pytest.mark.parametrize("cu", [[0, 9], [1, 37], [0, 20, 10, 37]], ids=str)
 def test_bad_packing(cu):
     q, k, v, pk, pv = make(b=1)
