@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, stats_dtype
 from fusedpeft.ops.adapter_checks import check
+from fusedpeft.ops.adapter_native import MAX_CPU_TOKENS, one_fwd, one_ok
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 
 
@@ -54,7 +55,7 @@ def choose_impl(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
     if device_type == "cuda":
         return "aten", "the Triton kernels sum in fp32: fp64 takes ATen's products"
     if device_type == "cpu":
-        return "aten", "residual, bias and their gradients ride on ATen's products"
+        return "aten", f"products of ATen's; up to {MAX_CPU_TOKENS} rows without gradients: C++"
     return "aten", f"no kernel of ours for device '{device_type}': ATen's products"
 
 
@@ -203,13 +204,19 @@ def bottleneck_adapter(
     it is torch's own norm on top of the op.
     dropout_p drops elements of the up-projection's output, as in AdapterHub; the mask comes from
     `seed` (int, int64 tensor of one element, or None: torch's generator), again in backward.
-    impl: None chooses by device (`fusedpeft doctor` shows it); "aten" and "triton" force one. The
+    impl: None chooses by device (`fusedpeft doctor` shows it), and C++ for up to 32 contiguous rows
+    on a CPU, without gradients and dropout; "aten" and "triton" force one. The
     Triton kernels cast an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
 
     Saved for backward: x, P [M, E] in the adapter's dtype, and 8 bytes a row with a norm before
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected
     and the given value before anything is computed.
     """
+    if impl is None and not torch.compiler.is_compiling():
+        tensors = (down_w, down_b, up_w, up_b, residual, norm_weight, norm_bias)
+        options = (norm_position, dropout_p, scale, norm_eps)
+        if type(x) is Tensor and one_ok(x, tensors, activation, norm, *options):
+            return one_fwd(x, tensors, activation, norm, scale, norm_eps)
     add_x = residual is x
     device = x.device.type if isinstance(x, Tensor) else "cpu"
     if torch.is_autocast_enabled(device):

@@ -1,12 +1,17 @@
 """bottleneck_adapter on a CPU against float64: values, gradients, norms, rejections, transforms."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusedpeft import ops
+from fusedpeft.ops import adapter_native
+from fusedpeft.ops import bottleneck_adapter_ref as REF
 from fusedpeft.ops.adapter import ACTIVATIONS, choose_impl
+from fusedpeft.ops.native import native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ("x", "down_w", "down_b", "up_w", "up_b", "residual", "norm_weight", "norm_bias")
@@ -80,6 +85,32 @@ def test_activations(check_accuracy, activation, dtype):
 def test_norms(check_accuracy, norm, residual, position, dtype):
     t = make(40, 129, 12, dtype, norm=norm, residual=residual)
     compare(check_accuracy, t, norm=norm, norm_position=position, activation="silu", scale=2.0)
+
+
+@pytest.mark.skipif(native is None, reason="the extension is not built")
+@pytest.mark.parametrize("adapter", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", ["other", "x", None])
+@pytest.mark.parametrize("norm", NORMS)
+def test_few_rows_without_gradients(check_accuracy, monkeypatch, norm, residual, dtype, adapter):
+    """The C++ kernel, up to the number of rows from which on ATen answers."""
+    calls, one = [], native.adapter_decode_one
+    counted = SimpleNamespace(adapter_decode_one=lambda *a: (calls.append(1), one(*a)))
+    monkeypatch.setattr(adapter_native, "native", counted)
+    for m, d, e in ((1, 64, 8), (5, 129, 12), (32, 96, 1), (33, 96, 40)):
+        t = make(m, d, e, dtype, adapter=adapter, bias=m > 1, norm=norm, residual=residual)
+        wide = {k: None if v is None else v.double() for k, v in t.items()}
+        got, low, ref = (
+            call(fn, given, norm=norm, activation="gelu", scale=0.5)
+            for fn, given in ((ops.bottleneck_adapter, t), (REF, t), (REF, wide))
+        )
+        check_accuracy(f"y of {m}", got, low, ref)
+    assert len(calls) == 3
+    t["x"] = t["x"][:7].t().contiguous().t()  # with strides of its own
+    t["residual"] = None
+    got, want = call(ops.bottleneck_adapter, t, norm=norm), call(REF, t, norm=norm)
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)  # not another row's
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("norm", NORMS[1:])
