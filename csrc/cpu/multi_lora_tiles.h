@@ -23,8 +23,8 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
   using Base::bias, Base::d, Base::w;
   // Rows of W at a time. Not 32: the chip follows 32 streams, and those of A and B come beside W's.
   static constexpr int64_t kSplit = 16;
-  static constexpr int64_t kPiece = 32, kFew = 8;   // elements of a row of W, or ranks; ranks
-  static constexpr int64_t kAhead = 8;              // pieces of W that are fetched before their turn
+  static constexpr int64_t kPiece = 32, kFew = 8;  // elements of a row of W, or ranks; ranks
+  static constexpr int64_t kAhead = 12;            // pieces of W that are fetched before their turn
   // Two sums, so that products need not wait for each other; rows of W and pairs of x, or kPiece ranks
   // of B and S; kFew ranks of B and S.
   enum { kSum0, kSum1, kW, kX, kB, kS };
@@ -57,8 +57,8 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
         uint32_t* to = xs + (i * pieces + j) * half * columns;
         for (int m = first; m < d.batches[i].end; ++m) {
           uint32_t pairs[half];
-          __builtin_memcpy(pairs, static_cast<const BFloat16*>(d.x) + d.order[m] * d.sx + j * kPiece,
-                           sizeof pairs);
+          const auto* x = static_cast<const BFloat16*>(d.x) + d.order[m] * d.sx + j * kPiece;
+          __builtin_memcpy(pairs, x, sizeof pairs);
           for (int64_t p = 0; p < half; ++p) to[p * columns + m - first] = pairs[p];
         }
         for (int64_t m = d.batches[i].end - first; m < columns; ++m)
@@ -156,7 +156,7 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
     for (int64_t j = 0; j < pieces; ++j) {
       const int64_t soon = j + kAhead;
       const char* ahead = soon < pieces ? from + soon * kLine : next + (soon - pieces) * kLine;
-      for (int64_t i = 0; i < stop - n; ++i) __builtin_prefetch(ahead + i * row, 0, 2);
+      for (int64_t i = 0; i < stop - n; ++i) __builtin_prefetch(ahead + i * row, 0, 3);
       tile_load<kX>(x + j * step, 4 * columns);
       tile_load<kW>(from + j * kLine, row);
       if (j % 2 == 0) {
@@ -206,7 +206,8 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
     for (int64_t m = from; m < to; ++m) {
       auto* y = static_cast<BFloat16*>(d.y) + d.order[batch.begin + m] * d.sy + n;
       float column[kSplit];
-      for (int64_t i = 0; i < rows; ++i) column[i] = sums[i * columns + m] + (bias ? to_float(bias[n + i]) : 0);
+      for (int64_t i = 0; i < rows; ++i) column[i] = sums[i * columns + m];
+      for (int64_t i = 0; bias && i < rows; ++i) column[i] += to_float(bias[n + i]);
       for (int64_t i = 0; i < rows; ++i) from_float(column[i], y + i);
     }
   }

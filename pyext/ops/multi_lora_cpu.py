@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -139,3 +141,49 @@ def native_fwd(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias) -> Te
         w.stride()[0], n, a_slot, a_row, b.stride()[0], DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
     )  # fmt: skip
     return y
+
+
+def prepared(
+    w: Tensor, pool: LoRASlots, bias: Tensor | None
+) -> Callable[[Tensor, Tensor], Tensor | None]:
+    """`native_fwd` of a w, a pool and a bias that stay where they are: what can be known of them is
+    asked now and not with each token.
+
+    The call takes x and slots and returns y, or None where it takes `multi_lora_linear` to answer.
+    It does not record gradients. Raises ValueError for a slot that is not there or free.
+    """
+    (n, k), dtype, (a, b, rank, scale, sizes) = w.shape, w.dtype, pool
+    bias = None if bias is None else bias.detach().contiguous()
+    one = w.new_empty(1, k), torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad():
+        if not (is_sound(one[0], w, pool, one[1], bias) and w.is_cpu and native_ok(one[0], w)):
+            return lambda x, slots: None
+    weights = (w.data_ptr(), 0 if bias is None else bias.data_ptr())
+    adapters = (
+        a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(), sizes, a.shape[0],
+        a.shape[1] // len(sizes),
+    )  # fmt: skip
+    strides = (w.stride()[0], n, *a.stride()[:2], b.stride()[0])
+    codes = (DTYPE_CODES[dtype], DTYPE_CODES[a.dtype])
+
+    def call(x: Tensor, slots: Tensor, _held=(w, bias, pool)) -> Tensor | None:
+        m, shape = slots.shape[0], x.shape
+        if not (
+            type(x) is Tensor
+            and m <= MAX_NATIVE_TOKENS
+            and x.dtype == dtype
+            and x.is_cpu
+            and x.is_contiguous()
+            and shape[-1] == k
+            and x.numel() == m * k
+        ):
+            return None
+        y = x.new_empty(*shape[:-1], n)
+        torch.get_num_threads()  # as in native_fwd
+        native.multi_lora(
+            x.data_ptr(), *weights, y.data_ptr(), slots.data_ptr(), *adapters, m, k, n, k,
+            *strides, *codes,
+        )  # fmt: skip
+        return y
+
+    return call

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fusedpeft.errors import InputError
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS
 from fusedpeft.ops.multi_lora import multi_lora_linear
+from fusedpeft.ops.multi_lora_cpu import prepared
 from fusedpeft.ops.slots import LoRASlots, empty_lora_slots
 from fusedpeft.serve.model_places import width
 
@@ -66,6 +67,7 @@ class _Group:
         if biases[0] is not None:
             self.bias = biases[0].detach() if len(modules) == 1 else torch.cat(biases).detach()
         self._point()
+        self.few = prepared(self.w, slots, self.bias)
 
     def _point(self) -> None:
         """The modules' weights are rows of self.w: they are there once."""
@@ -80,7 +82,9 @@ class _Group:
             del module.forward
 
     def compute(self, x: Tensor, batch: _Batch) -> Tensor:
-        return multi_lora_linear(x, self.w, self.slots, batch.of(x), self.bias)
+        slots = batch.of(x)
+        y = self.few(x, slots)
+        return multi_lora_linear(x, self.w, self.slots, slots, self.bias) if y is None else y
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -143,13 +147,13 @@ class Serving:
         local, (n, k), dtype = self.local, module.weight.shape, module.weight.dtype
         pool = empty_lora_slots(k, (n,), slots=1, max_rank=1, dtype=dtype)
         none = torch.full((MAX_DECODE_TOKENS,), -1, dtype=torch.int32)
+        call = prepared(module.weight.detach(), pool, module.bias)
 
         def forward(x: Tensor) -> Tensor:
-            few = x.numel() <= MAX_DECODE_TOKENS * k
-            if not few or getattr(local, "batch", None) is None:
-                return nn.Linear.forward(module, x)
-            slots = none[: x.numel() // k]
-            return multi_lora_linear(x, module.weight.detach(), pool, slots, module.bias)
+            y = None
+            if x.numel() <= MAX_DECODE_TOKENS * k and getattr(local, "batch", None) is not None:
+                y = call(x, none[: x.numel() // k])
+            return nn.Linear.forward(module, x) if y is None else y
 
         return forward
 
