@@ -1,5 +1,6 @@
 // Decode in bf16 for AMX: as avx512_bf16.cpp, but W in tiles.
 #if defined(__x86_64__)
+#if defined(__linux__) && __has_include(<amxtileintrin.h>)  // else the assembler may not know tiles
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -53,4 +54,16 @@ void multi_lora(const MultiLora& d) { run_multi(TileCall<Pairs>(d)); }
 
 }  // namespace fusedpeft::cpu::amx
 
+#else
+#include "isa.h"
+
+namespace fusedpeft::cpu::amx {
+
+bool here() { return false; }
+void decode(const Decode& d) { avx512_bf16::decode(d); }
+void multi_lora(const MultiLora& d) { avx512_bf16::multi_lora(d); }
+
+}  // namespace fusedpeft::cpu::amx
+
+#endif
 #endif
