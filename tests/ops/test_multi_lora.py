@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fusedpeft import ops
 from fusedpeft.ops.lora import lora_linear_ref
 from fusedpeft.ops.multi_lora import choose_impl
+from fusedpeft.ops.multi_lora_cpu import MAX_NATIVE_TOKENS, prepared
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import empty_lora_slots, lora_slots
 
@@ -173,6 +174,22 @@ def test_what_is_not_finite_stays_with_its_token(dtype, where, bad):
     got = ops.multi_lora_linear(x, w, pool, slots, bias, impl="native")
     assert mine.any() and not got[mine].isfinite().all(1).any()
     assert torch.equal(got[~mine], want[~mine])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_prepared_call_is_the_op(dtype):
+    x, w, pool, slots, bias = make(6, 96, (40, 31), ((8, 3), (12, 5), (17, 40)), dtype)
+    call = prepared(w, pool, bias)
+    for rows, named in ((x, slots), (x.view(3, 2, 96), slots), (x[2], slots[2:3])):
+        assert torch.equal(call(rows, named), ops.multi_lora_linear(rows, w, pool, named, bias))
+    with pytest.raises(ValueError, match="slots: expected -1"):
+        call(x, slots + 100)
+    many = x.new_zeros(MAX_NATIVE_TOKENS + 1, 96)
+    for rows in (x[:, ::2].repeat(1, 2)[:, ::2], x.double(), x.t().contiguous().t(), many):
+        assert call(rows, slots.new_zeros(len(rows))) is None  # multi_lora_linear is to answer
+    wide = pool._replace(a=pool.a.double(), b=pool.b.double())
+    assert prepared(w.double(), wide, None)(x.double(), slots) is None
 
 
 def test_gradients_are_refused():
