@@ -36,8 +36,8 @@ PEERS = ("torch.compile", "peft", "liger", "quack", "unsloth")
 class Expected:
     """What a group of implementations must compute, in float64, and how far they may be off.
 
-    `low` is plain torch in the case's own dtype: ours may be off by twice what that is (and one unit
-    in the last place of the largest value), a peer, whose error the table shows, by eight times.
+    `low` is plain torch in the case's own dtype: ours may be off by twice what that is (and one
+    unit in the last place of the largest value), a peer, whose error the table shows, by eight.
     """
 
     names: tuple[str, ...]

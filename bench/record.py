@@ -66,6 +66,7 @@ def environment(device: torch.device, root: Path) -> dict:
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in PACKAGES},
+            "torch": str(torch.__version__),  # with the build, which the package's may not name
             "cuda": torch.version.cuda,
             "nvcc": nvcc_version(),
         },
