@@ -1,5 +1,7 @@
 // Decode in bf16 for AVX-512 with BF16: as avx512.cpp, pairs multiplied as they lie in memory.
 #if defined(__x86_64__)
+#include <omp.h>
+
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
 #include "pairs.h"

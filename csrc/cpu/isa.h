@@ -43,10 +43,11 @@ struct MultiLora {
 constexpr int64_t kRankStep = 8;  // pyext/ops/slots.py
 
 // What multi_lora_tiles.h takes. The number of tokens does not count: bits are the same beside any.
-inline bool fit_tiles(const MultiLora& d) {
+// Static: see numbers.h on functions that several files share.
+static inline bool fit_tiles(const MultiLora& d) {
   return d.dtype == kBFloat16 && d.adapter_dtype == kBFloat16 && d.k % 32 == 0;
 }
-inline bool fit_tiles(const Decode& d) {
+static inline bool fit_tiles(const Decode& d) {
   return d.dtype == kBFloat16 && d.adapter_dtype == kBFloat16 && d.k % 32 == 0 &&
          d.r % kRankStep == 0;
 }

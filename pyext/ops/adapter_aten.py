@@ -118,7 +118,7 @@ def aten_fwd(
     w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
     if _rounds(norm, dtype):
         # Ones: without a weight in fp32 its statistics would be rounded as well.
-        ones = stats_ones(xc)
+        ones = _ones(xc)
         xhat, *stats = _aten.native_layer_norm(xc, list(ones.shape), ones, None, eps)
         p, stats = F.linear(xhat, w, c), torch.cat(stats, 1)
         del xhat  # before y is made
@@ -195,7 +195,7 @@ def aten_bwd(
         w, c = _fold(down_w, down_b, norm_w, norm_b, dtype)
         if rounds:
             mean, rstd = (column.contiguous() for column in stats.split(1, 1))
-            of_norm = (torch.mm(q, w), x.to(dtype), [d], mean, rstd, stats_ones(x), None)
+            of_norm = (torch.mm(q, w), x.to(dtype), [d], mean, rstd, _ones(x), None)
             dx = _aten.native_layer_norm_backward(*of_norm, [True, False, False])[0]
             grads[0] = (dx.add_(dy) if add_x else dx).to(dy.dtype)
             return tuple(grads)
@@ -212,7 +212,7 @@ def aten_bwd(
     return tuple(grads)
 
 
-def stats_ones(x: Tensor) -> Tensor:
+def _ones(x: Tensor) -> Tensor:
     return x.new_ones(x.shape[1], dtype=stats_dtype(x))
 
 

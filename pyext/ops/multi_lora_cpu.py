@@ -126,19 +126,31 @@ def _learns(*tensors: Tensor | None) -> bool:
 
 def native_fwd(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor, bias) -> Tensor:
     """x [M, K], or contiguous [*, K]. Raises ValueError for a slot that is not there or free."""
-    a, b, rank, scale, sizes = pool
-    (n, k), m = w.shape, slots.shape[0]
-    y = x.new_empty(m, n) if x.ndim == 2 else x.new_empty(*x.shape[:-1], n)
     # Named: they must outlive the call.
     bias = None if bias is None else bias.contiguous()
     slots = slots.contiguous()
-    a_slot, a_row, _ = a.stride()
+    return _run(x, slots, *_fixed(w, pool, bias))
+
+
+def _fixed(w: Tensor, pool: LoRASlots, bias: Tensor | None) -> tuple:
+    """What the C++ kernel is told of them; addresses, so that they must outlive it."""
+    a, b, rank, scale, sizes = pool
+    weights = (w.data_ptr(), 0 if bias is None else bias.data_ptr())
+    adapters = (
+        a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(), sizes, a.shape[0],
+        a.shape[1] // len(sizes),
+    )  # fmt: skip
+    strides = (w.stride()[0], w.shape[0], *a.stride()[:2], b.stride()[0])
+    return w.shape, weights, adapters, strides, DTYPE_CODES[a.dtype]
+
+
+def _run(x: Tensor, slots: Tensor, shape, weights, adapters, strides, adapter_code) -> Tensor:
+    (n, k), m = shape, slots.shape[0]
+    y = x.new_empty(m, n) if x.ndim == 2 else x.new_empty(*x.shape[:-1], n)
     torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.multi_lora(
-        x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
-        slots.data_ptr(), a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(), sizes,
-        a.shape[0], a.shape[1] // len(sizes), m, k, n, x.stride()[0] if x.ndim == 2 else k,
-        w.stride()[0], n, a_slot, a_row, b.stride()[0], DTYPE_CODES[x.dtype], DTYPE_CODES[a.dtype],
+        x.data_ptr(), *weights, y.data_ptr(), slots.data_ptr(), *adapters, m, k, n,
+        x.stride()[0] if x.ndim == 2 else k, *strides, DTYPE_CODES[x.dtype], adapter_code,
     )  # fmt: skip
     return y
 
@@ -152,38 +164,25 @@ def prepared(
     The call takes x and slots and returns y, or None where it takes `multi_lora_linear` to answer.
     It does not record gradients. Raises ValueError for a slot that is not there or free.
     """
-    (n, k), dtype, (a, b, rank, scale, sizes) = w.shape, w.dtype, pool
+    k, dtype = w.shape[1], w.dtype
     bias = None if bias is None else bias.detach().contiguous()
-    one = w.new_empty(1, k), torch.zeros(1, dtype=torch.int32)
+    x, slots = w.new_empty(1, k), torch.zeros(1, dtype=torch.int32)
     with torch.no_grad():
-        if not (is_sound(one[0], w, pool, one[1], bias) and w.is_cpu and native_ok(one[0], w)):
+        if not (is_sound(x, w, pool, slots, bias) and w.is_cpu and native_ok(x, w)):
             return lambda x, slots: None
-    weights = (w.data_ptr(), 0 if bias is None else bias.data_ptr())
-    adapters = (
-        a.data_ptr(), b.data_ptr(), rank.data_ptr(), scale.data_ptr(), sizes, a.shape[0],
-        a.shape[1] // len(sizes),
-    )  # fmt: skip
-    strides = (w.stride()[0], n, *a.stride()[:2], b.stride()[0])
-    codes = (DTYPE_CODES[dtype], DTYPE_CODES[a.dtype])
+    fixed = _fixed(w, pool, bias)
 
     def call(x: Tensor, slots: Tensor, _held=(w, bias, pool)) -> Tensor | None:
-        m, shape = slots.shape[0], x.shape
-        if not (
+        m = slots.shape[0]
+        sound = (
             type(x) is Tensor
             and m <= MAX_NATIVE_TOKENS
             and x.dtype == dtype
             and x.is_cpu
             and x.is_contiguous()
-            and shape[-1] == k
+            and x.shape[-1] == k
             and x.numel() == m * k
-        ):
-            return None
-        y = x.new_empty(*shape[:-1], n)
-        torch.get_num_threads()  # as in native_fwd
-        native.multi_lora(
-            x.data_ptr(), *weights, y.data_ptr(), slots.data_ptr(), *adapters, m, k, n, k,
-            *strides, *codes,
-        )  # fmt: skip
-        return y
+        )
+        return _run(x, slots, *fixed) if sound else None
 
     return call

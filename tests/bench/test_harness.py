@@ -188,6 +188,19 @@ def test_a_cpu_multiplies_16_bits_at_least_as_fast_as_32(monkeypatch):
     assert got == {torch.bfloat16: 2.0, torch.float16: 5.0}
 
 
+def test_a_peer_may_be_less_exact_than_ours():
+    ref = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    expected = harness.Expected(("y",), (ref,), ((ref + 1e-4).float(),))
+    got = ((ref + 5e-4).float(),)
+    with pytest.raises(BenchMismatch, match=r"2 x torch's own error"):
+        harness.check("ours", got, expected)
+    assert harness.check("torch.compile", got, expected, peer=True) == pytest.approx(
+        2.5e-4, rel=0.01
+    )
+    with pytest.raises(BenchMismatch, match=r"8 x torch's own error"):
+        harness.check("peft", ((ref + 5e-3).float(),), expected, peer=True)
+
+
 def test_every_bench_has_its_command():
     from fusedpeft.bench.cli import app
     from fusedpeft.bench.run import OPS

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from fusedpeft import ops
 from fusedpeft.ops import adapter_native
-from fusedpeft.ops import bottleneck_adapter_ref as REF
 from fusedpeft.ops.adapter import ACTIVATIONS, choose_impl
 from fusedpeft.ops.native import native
 
@@ -94,7 +93,7 @@ def test_norms(check_accuracy, norm, residual, position, dtype):
 @pytest.mark.parametrize("norm", NORMS)
 def test_few_rows_without_gradients(check_accuracy, monkeypatch, norm, residual, dtype, adapter):
     """The C++ kernel, up to the number of rows from which on ATen answers."""
-    calls, one = [], native.adapter_decode_one
+    calls, one, spec = [], native.adapter_decode_one, ops.bottleneck_adapter_ref
     counted = SimpleNamespace(adapter_decode_one=lambda *a: (calls.append(1), one(*a)))
     monkeypatch.setattr(adapter_native, "native", counted)
     for m, d, e in ((1, 64, 8), (5, 129, 12), (32, 96, 1), (33, 96, 40)):
@@ -102,13 +101,13 @@ def test_few_rows_without_gradients(check_accuracy, monkeypatch, norm, residual,
         wide = {k: None if v is None else v.double() for k, v in t.items()}
         got, low, ref = (
             call(fn, given, norm=norm, activation="gelu", scale=0.5)
-            for fn, given in ((ops.bottleneck_adapter, t), (REF, t), (REF, wide))
+            for fn, given in ((ops.bottleneck_adapter, t), (spec, t), (spec, wide))
         )
         check_accuracy(f"y of {m}", got, low, ref)
     assert len(calls) == 3
     t["x"] = t["x"][:7].t().contiguous().t()  # with strides of its own
     t["residual"] = None
-    got, want = call(ops.bottleneck_adapter, t, norm=norm), call(REF, t, norm=norm)
+    got, want = call(ops.bottleneck_adapter, t, norm=norm), call(spec, t, norm=norm)
     torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)  # not another row's
     assert len(calls) == 3
 

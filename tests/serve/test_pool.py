@@ -163,3 +163,12 @@ def test_bytes(llama):
     )
     assert least <= stats["slot_bytes"] < 1.2 * least
     assert pool._numbers.stride(0) % 64 == 0
+
+
+def test_a_head_that_is_given_another_weight(llama, ids):
+    pool = fp.AdapterPool.for_model(llama, slots=1, max_rank=4)
+    pool.install(llama)
+    with pool.batch([None] * len(ids)):
+        before = llama(ids[:, :1]).logits
+        llama.lm_head.weight = torch.nn.Parameter(2.0 * llama.lm_head.weight)
+        torch.testing.assert_close(llama(ids[:, :1]).logits, 2.0 * before)
