@@ -108,21 +108,24 @@ def from_hub(path: Path, raw: dict[str, Any]) -> BottleneckAdapter:
         raise InputError(f"{path}: {error}") from error
 
 
+def hub_keys(place: str, name: str, norm: bool) -> dict[str, str]:
+    """Key there -> the parameter of `Bottleneck`."""
+    start = f"{place}.adapters.{name}"
+    linear = "adapter_down.1" if norm else "adapter_down.0"
+    found = {}
+    for copy in ("adapter_norm_before", "adapter_down.0") if norm else ():
+        found[f"{start}.{copy}.weight"] = "norm_weight"
+        found[f"{start}.{copy}.bias"] = "norm_bias"
+    for there, here in ((linear, "down"), ("adapter_up", "up")):
+        found[f"{start}.{there}.weight"] = here
+        found[f"{start}.{there}.bias"] = f"{here}_bias"
+    return found
+
+
 def _parameters(place: str, name: str, adapter: Bottleneck) -> dict[str, nn.Parameter]:
     """Key there -> the parameter here."""
-    start = f"{place}.adapters.{name}"
-    linear = "adapter_down.0"
-    found = {}
-    if adapter.norm_weight is not None:
-        linear = "adapter_down.1"
-        for norm in ("adapter_norm_before", "adapter_down.0"):
-            found[f"{start}.{norm}.weight"] = adapter.norm_weight
-            found[f"{start}.{norm}.bias"] = adapter.norm_bias
-    found[f"{start}.{linear}.weight"] = adapter.down
-    found[f"{start}.{linear}.bias"] = adapter.down_bias
-    found[f"{start}.adapter_up.weight"] = adapter.up
-    found[f"{start}.adapter_up.bias"] = adapter.up_bias
-    return found
+    keys = hub_keys(place, name, adapter.norm_weight is not None)
+    return {key: getattr(adapter, here) for key, here in keys.items()}
 
 
 def hub_tensors(model: nn.Module, config: BottleneckAdapter, name: str) -> dict[str, Tensor]:

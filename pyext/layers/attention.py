@@ -1,4 +1,4 @@
-"""The attention that transformers calls once a model has a prefix: `ops.prefix_attention`."""
+"""The attention that transformers calls once a model has a prefix."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fusedpeft.errors import InputError
-from fusedpeft.ops import prefix_attention
 
 IMPLEMENTATION = "fusedpeft"  # transformers' name for it
-CHILD = "fusedpeft_prefix"  # the child of an attention module whose current() is the prefix
+# The attribute of an attention module that has its prefixes: current() is None or the one that acts
+# now, which attend() takes; by_row, whether rows have prefixes of their own.
+CHILD = "fusedpeft_prefix"
 _NOT_HERE = ("softcap", "s_aux")  # what other models' attention asks for
 
 
@@ -45,28 +46,24 @@ def _attention(
             raise InputError(
                 f"PrefixTuning: {type(module).__name__} asks for {name}: not supported"
             )
-    *prefix, ids = current
-    prefix_key, prefix_value = (t.to(query.dtype) for t in prefix)
     causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
     tokens = query.shape[2]
     if causal and 1 < tokens < key.shape[2]:  # a static cache, empty so far: what follows is unset
         key, value = key[:, :, :tokens], value[:, :, :tokens]
-    if ids is not None and (dropout or position_bias is not None):
+    if own.by_row and (dropout or position_bias is not None):
         raise InputError(
             "rows: prefixes by row are for attention without dropout of its weights and without a "
             f"bias of relative positions, got {type(module).__name__} with dropout {dropout}"
         )
     if dropout or position_bias is not None:
         bias = None if position_bias is None else (own.bias(), position_bias[..., : key.shape[2]])
+        prefix = (t.to(query.dtype) for t in current[:2])
         out = _concatenated(
-            query, key, value, prefix_key, prefix_value, attention_mask, bias, causal, scaling,
-            dropout,
-        )  # fmt: skip
+            query, key, value, *prefix, attention_mask, bias, causal, scaling, dropout
+        )
     else:
-        out = prefix_attention(
-            query, key, value, prefix_key, prefix_value,
-            causal=causal, scale=scaling, mask=attention_mask, prefix_ids=ids,
-        )  # fmt: skip
+        options = {"causal": causal, "scale": scaling, "mask": attention_mask}
+        out = own.attend(current, query, key, value, **options)
     return out.transpose(1, 2), None
 
 

@@ -14,7 +14,7 @@ Each is one call of `ops.bottleneck_adapter`, from a hook on the module whose ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,53 @@ class Bottleneck(nn.Module):
         )  # fmt: skip
 
 
-class Bottlenecks(nn.Module):
+class Hooks:
+    """What changes a module's output: each of `steps` takes (x, residual) to the new residual."""
+
+    _stream: Tensor | None = None  # what the FFN was given
+
+    def steps(self) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
+        raise NotImplementedError
+
+    def hook(self, module: nn.Module, block: Block, name: str) -> list:
+        """Registers the hook of that name; returns the handles."""
+        handles = [module.register_forward_hook(getattr(self, name))]
+        if name == "parallel":
+            kept = block.ffn_in.register_forward_pre_hook(self.keep_stream, with_kwargs=True)
+            handles.append(kept)
+        return handles
+
+    # Hooks: (module, args, output) -> the new output, which may be a tuple that begins with it.
+
+    def serial(self, module: nn.Module, args: tuple, output):
+        h = _first(output)
+        for step in self.steps():
+            h = step(h, h)
+        return _with_first(output, h)
+
+    def around_norm(self, module: nn.Module, args: tuple, output):
+        (stream,) = args
+        for step in self.steps():
+            stream = step(output, stream)
+            output = module.forward(stream)
+        return output
+
+    def keep_stream(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self.steps():
+            self._stream = args[0] if args else next(iter(kwargs.values()))
+
+    def parallel(self, module: nn.Module, args: tuple, output):
+        steps = self.steps()
+        if not steps:
+            return output
+        stream, self._stream = self._stream, None
+        h = _first(output)
+        for step in steps:
+            h = step(stream, h)
+        return _with_first(output, h)
+
+
+class Bottlenecks(Hooks, nn.Module):
     """A child of the module whose output they change: the adapters by name, one after another."""
 
     def __init__(self) -> None:
@@ -67,7 +113,6 @@ class Bottlenecks(nn.Module):
         self.adapters = nn.ModuleDict()
         self._active: tuple[Bottleneck, ...] = ()
         self._route: Route | None = None  # within `rows`: an adapter a row
-        self._stream: Tensor | None = None
         self._handles: list = []
 
     def activate(self, names: Sequence[str]) -> None:
@@ -75,37 +120,8 @@ class Bottlenecks(nn.Module):
         for adapter in self.adapters.values():
             adapter.requires_grad_(adapter in self._active)
 
-    # Hooks: (module, args, output) -> the new output, which may be a tuple that begins with it.
-
-    def serial(self, module: nn.Module, args: tuple, output):
-        h = _first(output)
-        if self._route is not None:
-            return _with_first(output, self._by_row(h, h))
-        for adapter in self._active:
-            h = adapter(h, h)
-        return _with_first(output, h)
-
-    def around_norm(self, module: nn.Module, args: tuple, output):
-        (stream,) = args
-        if self._route is not None:
-            return module.forward(self._by_row(output, stream))
-        for adapter in self._active:
-            stream = adapter(output, stream)
-            output = module.forward(stream)
-        return output
-
-    def keep_stream(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._active or self._route is not None:
-            self._stream = args[0] if args else next(iter(kwargs.values()))
-
-    def parallel(self, module: nn.Module, args: tuple, output):
-        stream, self._stream = self._stream, None
-        h = _first(output)
-        if self._route is not None:
-            return _with_first(output, self._by_row(stream, h))
-        for adapter in self._active:
-            h = adapter(stream, h)
-        return _with_first(output, h)
+    def steps(self) -> Sequence[Callable[[Tensor, Tensor], Tensor]]:
+        return self._active if self._route is None else (self._by_row,)
 
     def _by_row(self, x: Tensor, residual: Tensor) -> Tensor:
         """Each row's own adapter; the others keep their residual."""
@@ -177,12 +193,7 @@ def add(model: nn.Module, config: BottleneckAdapter, name: str, found: list[Bloc
             child = module._modules.get(_child(hook))
             if child is None:
                 child = Bottlenecks()
-                child._handles = [module.register_forward_hook(getattr(child, hook))]
-                if hook == "parallel":
-                    kept = block.ffn_in.register_forward_pre_hook(
-                        child.keep_stream, with_kwargs=True
-                    )
-                    child._handles.append(kept)
+                child._handles = child.hook(module, block, hook)
                 module.add_module(_child(hook), child)
             child.adapters[name] = Bottleneck(config, like, dim).train(model.training)
 

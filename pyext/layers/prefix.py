@@ -20,6 +20,7 @@ from fusedpeft.layers.attention import CHILD, IMPLEMENTATION
 from fusedpeft.layers.config import PrefixTuning
 from fusedpeft.layers.routing import check_rows
 from fusedpeft.layers.targets import CROSS
+from fusedpeft.ops import prefix_attention
 
 _INIT_STD = 0.02  # as in the paper's code
 
@@ -72,6 +73,15 @@ class AttentionPrefixes(nn.Module):
             pairs = [self._pair(name) for name in names]
             return (*(torch.stack(side) for side in zip(*pairs, strict=True)), ids)
         return None if self.active is None else (*self._pair(self.active), None)
+
+    @property
+    def by_row(self) -> bool:
+        return self.route is not None
+
+    def attend(self, current, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+        key, value, ids = current
+        prefix = key.to(q.dtype), value.to(q.dtype)
+        return prefix_attention(q, k, v, *prefix, prefix_ids=ids, **options)
 
     def bias(self) -> Tensor | None:
         return self._root[0].bias
@@ -154,13 +164,18 @@ class Prefixes(nn.Module):
         """Before positions are embedded: the prefix stands at 0 … P − 1."""
         if isinstance(self.length, int) and self.length == 0:
             return args, kwargs
-        if "position_ids" in kwargs:
-            return args, {**kwargs, "position_ids": kwargs["position_ids"] + self.length}
-        at = len(args) - 1 if len(args) == 1 else 1  # an embedding's (ids), a rotary's (x, ids, …)
-        return (*args[:at], args[at] + self.length, *args[at + 1 :]), kwargs
+        return shifted(args, kwargs, self.length)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_folded_from": {}, "bias": None}
+
+
+def shifted(args: tuple, kwargs: dict, length: int | Tensor) -> tuple[tuple, dict]:
+    """What a module that embeds positions is given, `length` ([B, 1] by row) further on."""
+    if "position_ids" in kwargs:
+        return args, {**kwargs, "position_ids": kwargs["position_ids"] + length}
+    at = len(args) - 1 if len(args) == 1 else 1  # an embedding's (ids), a rotary's (x, ids, …)
+    return (*args[:at], args[at] + length, *args[at + 1 :]), kwargs
 
 
 def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
@@ -234,15 +249,15 @@ def shape_of(stack: nn.Module) -> Shape:
     return Shape(layers, groups, dim, config.hidden_size)
 
 
-def _positions(stack: nn.Module) -> list[nn.Module]:
+def positions_of(stack: nn.Module) -> list[nn.Module]:
     """The modules that turn positions into rotations or embeddings."""
     ends = ("rotary_emb", "wpe", "position_embeddings", "embed_positions")
     return [m for path, m in stack.named_modules() if path.rpartition(".")[2] in ends]
 
 
-def _room(stack: nn.Module) -> int | None:
+def room_of(stack: nn.Module) -> int | None:
     """Positions that a table of embeddings has rows for."""
-    for table in _positions(stack):
+    for table in positions_of(stack):
         if isinstance(table, nn.Embedding):
             unused = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa's
             return table.num_embeddings - getattr(table, "offset", unused)  # BART's
@@ -277,7 +292,7 @@ def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
                 f"PrefixTuning: expected {shape.heads} key heads of {shape.dim} in every layer of "
                 f"{kind}, layer {layer.layer_idx} has {out} features"
             )
-    if not _positions(stack) and not hasattr(layers[0], "has_relative_attention_bias"):
+    if not positions_of(stack) and not hasattr(layers[0], "has_relative_attention_bias"):
         raise InputError(
             f"PrefixTuning: expected embeddings of positions, rotary or a table, in {kind}, which "
             "a prefix moves, found none"
@@ -289,9 +304,9 @@ def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> Non
     layers, shape = attention_layers(stack), shape_of(stack)
     root = getattr(stack, CHILD, None)
     if root is None:
-        root = Prefixes(model.config._attn_implementation, _room(stack), layers[0])
+        root = Prefixes(model.config._attn_implementation, room_of(stack), layers[0])
         root._handles = [stack.register_forward_pre_hook(root.before, with_kwargs=True)]
-        for module in _positions(stack):
+        for module in positions_of(stack):
             root._handles.append(module.register_forward_pre_hook(root.shift, with_kwargs=True))
         stack.add_module(CHILD, root)
         for layer in layers:

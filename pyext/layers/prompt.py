@@ -59,19 +59,14 @@ class Prompts(nn.Module):
         given.pop("cache_position", None)  # the stack counts for itself
         if not first:
             return (), given
-        _make_room(cache, length)
+        make_room(cache, length)
         given["input_ids"] = None
         given["inputs_embeds"] = _embed(stack.get_input_embeddings(), ids, embeds, prompt)
         self._cut = 0 if self.keeps else length
         return (), given
 
     def after(self, stack: nn.Module, args: tuple, output):
-        if not self._cut:
-            return output
-        if isinstance(output, tuple):
-            return (output[0][:, self._cut :], *output[1:])
-        output.last_hidden_state = output.last_hidden_state[:, self._cut :]
-        return output
+        return without_front(output, self._cut)
 
     def widen(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Before a decoder: the mask over the encoder's T positions lets the prompt's be seen."""
@@ -82,13 +77,23 @@ class Prompts(nn.Module):
         return args, {**kwargs, "encoder_attention_mask": torch.cat((front, mask), 1)}
 
 
-def _keep_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
+def without_front(output, length: int):
+    """What a stack gives back, less the first `length` positions."""
+    if not length:
+        return output
+    if isinstance(output, tuple):
+        return (output[0][:, length:], *output[1:])
+    output.last_hidden_state = output.last_hidden_state[:, length:]
+    return output
+
+
+def keep_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
     """What generate() is to pass on beside a static cache: [B, T], which the prompt can go before,
     and not the four dimensions that it makes of it."""
     return attention_mask
 
 
-def _make_room(cache, length: int) -> None:
+def make_room(cache, length: int) -> None:
     """Static caches are sized for the tokens before the prompt is known: `length` more, while they
     have allocated nothing yet."""
     for layer in getattr(cache, "layers", ()):
@@ -117,7 +122,7 @@ def _embed(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prom
 # --- the method ---------------------------------------------------------------------------------
 
 
-def _stack_of(model: nn.Module) -> nn.Module:
+def stack_of(model: nn.Module) -> nn.Module:
     """The module that embeds the tokens: the backbone, an encoder-decoder's encoder."""
     backbone = getattr(model, "base_model", model)
     config = getattr(backbone, "config", None)
@@ -166,7 +171,7 @@ def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
 
 
 def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> None:
-    stack = _stack_of(model)
+    stack = stack_of(model)
     root = getattr(stack, _CHILD, None)
     if root is None:
         two = stack is not model.base_model
@@ -180,7 +185,7 @@ def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> No
             decoder = model.base_model.decoder
             root._handles.append(decoder.register_forward_pre_hook(root.widen, with_kwargs=True))
         else:
-            model.create_masks_for_generate = _keep_mask
+            model.create_masks_for_generate = keep_mask
     root.prompts[name] = nn.Parameter(values)
 
 
@@ -190,7 +195,7 @@ def check_together(wanted: Mapping[str, PromptTuning]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    root = getattr(_stack_of(model), _CHILD, None)
+    root = getattr(stack_of(model), _CHILD, None)
     if root is None:
         return
     root.active = names[0] if names else None
@@ -199,7 +204,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    stack = _stack_of(model)
+    stack = stack_of(model)
     root = getattr(stack, _CHILD)
     del root.prompts[name]
     if not root.prompts:
@@ -211,4 +216,4 @@ def remove(model: nn.Module, name: str) -> None:
 
 def prompt_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter [P, d]."""
-    return getattr(_stack_of(model), _CHILD).prompts[name]
+    return getattr(stack_of(model), _CHILD).prompts[name]

@@ -38,12 +38,18 @@ def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool
             t.shape == shape and t.dtype == dtype and t.is_contiguous() and t.get_device() == where
         )
 
+    def _slots(t: Tensor | None, shape: tuple[int, ...]) -> bool:  # an AdapterPool's lie apart
+        return t is None or (
+            t.shape == shape and t.dtype == dtype and t.stride()[1:] == (*shape[2:], 1)
+            and t.get_device() == where
+        )  # fmt: skip
+
     if norm is None:
         norms = norm_w is None and norm_b is None and own_w is None and own_b is None
     else:
         norms = _is(norm_w, (d,), dtype) and _is(norm_b, (d,), dtype)
         norms = norms and (own_b is None or own_w is not None)
-        norms = norms and _is(own_w, (count, d), dtype) and _is(own_b, (count, d), dtype)
+        norms = norms and _slots(own_w, (count, d)) and _slots(own_b, (count, d))
         norms = norms and (norm == "layer_norm" or (norm_b is None and own_b is None))
     return (
         norms
@@ -56,10 +62,10 @@ def is_sound(x, pool, slots, residual, norm_w, norm_b, activation, norm) -> bool
         and _is(x, shape, x.dtype)
         and (residual is x or residual is None or _is(residual, shape, x.dtype))
         and _is(slots, (x.numel() // d,), torch.int32)
-        and _is(down, (count, most, d), dtype)
-        and _is(down_bias, (count, most), dtype)
-        and _is(up, (count, d * most), dtype)
-        and _is(up_bias, (count, d), dtype)
+        and _slots(down, (count, most, d))
+        and _slots(down_bias, (count, most))
+        and _slots(up, (count, d * most))
+        and _slots(up_bias, (count, d))
         and _is(size, (count,), torch.int32)
         and _is(scale, (count,), torch.float32)
     )

@@ -1,4 +1,4 @@
-"""PEFT's checkpoints as the tensors that `AdapterPool.put` takes."""
+"""PEFT's and AdapterHub's checkpoints as the tensors that `AdapterPool.put` takes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers import adapterhub as hub
 from fusedpeft.layers.checkpoint import WEIGHTS_NAME, lora_by_path, read_weights
-from fusedpeft.layers.config import ALL_LINEAR, LoRA, PrefixTuning, PromptTuning
+from fusedpeft.layers.config import ALL_LINEAR, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.peft_config import read_config, selects_modules
 from fusedpeft.layers.prefix import Shape, split
 from fusedpeft.serve.places import Places
@@ -24,10 +25,12 @@ def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
     not what the settings say. What does not fit the pool, `put` finds.
     """
     config, raw = read_config(folder)
+    if isinstance(config, BottleneckAdapter):
+        return _bottleneck(folder, config, str(raw.get("name")), places)
     if not isinstance(config, LoRA | PrefixTuning | PromptTuning):
         raise InputError(
-            f"{folder}: expected LoRA, a prefix or a prompt, got {type(config).__name__}: a "
-            "bottleneck adapter goes in by put(), as its activation is the caller's"
+            f"{folder}: expected LoRA, a prefix, a prompt or a bottleneck adapter, got "
+            f"{type(config).__name__}"
         )
     tensors, path = read_weights(folder), folder / WEIGHTS_NAME
     if not isinstance(config, LoRA):
@@ -51,6 +54,39 @@ def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
     if said:
         raise InputError(f"{path} is not what its settings say: {'; '.join(said)}")
     return found
+
+
+# Parameter of `Bottleneck` -> its name in `put`.
+_FIELDS = {
+    "down": "down_w", "down_bias": "down_b", "up": "up_w", "up_bias": "up_b",
+    "norm_weight": "norm_w", "norm_bias": "norm_b",
+}  # fmt: skip
+
+
+def _bottleneck(
+    folder: Path, config: BottleneckAdapter, stored: str, places: Places
+) -> dict[str, Tensor | float]:
+    """AdapterHub's, or `fp.save_adapter`'s in its format."""
+    path, of_pool = folder / hub.WEIGHTS_NAME, places.bottleneck
+    if of_pool is None:
+        raise InputError(f"{path} is a bottleneck adapter, and the pool was made without them")
+    for name in ("placement", "activation", "norm"):
+        want, got = getattr(of_pool, name), getattr(config, name)
+        if want != got:
+            raise InputError(f"{path}: expected {name} {want!r}, as the pool's, got {got!r}")
+    tensors = read_weights(folder, hub.WEIGHTS_NAME, hub.PICKLE_NAME)
+    want = {
+        key: f"{here}.{_FIELDS[parameter]}"
+        for there, here in places.hub.items()
+        for key, parameter in hub.hub_keys(there, stored, config.norm is not None).items()
+    }
+    said = [f"{key} is missing" for key in sorted(want.keys() - tensors.keys())]
+    said += [f"{key} is extra" for key in sorted(tensors.keys() - want.keys())]
+    if said:
+        more = f"; and {len(said) - 8} more" if len(said) > 8 else ""
+        raise InputError(f"{path} is not what its settings say: {'; '.join(said[:8])}{more}")
+    found: dict[str, Tensor | float] = {key: tensors[there] for there, key in want.items()}
+    return found | {f"{here}.scale": config.scale for here in places.hub.values()}
 
 
 def _targets(config: LoRA, paths: Iterable[str]) -> set[str]:

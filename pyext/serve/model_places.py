@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.prefix import attention_layers, shape_of
+from fusedpeft.layers import bottleneck, prefix, prompt
+from fusedpeft.layers.config import BottleneckAdapter, PrefixTuning, PromptTuning
 from fusedpeft.layers.targets import SIBLINGS, match_targets
 from fusedpeft.serve.places import Places
 
@@ -27,38 +27,42 @@ def places_of(
     max_rank: int,
     max_prefix: int,
     max_prompt: int,
-    max_bottleneck: int,
+    adapter: BottleneckAdapter | None,
 ) -> Places:
-    """The places that a model has for the kinds asked for (0: none). Raises InputError."""
+    """The places that a model has for the kinds asked for (0, None: none). Raises InputError."""
     places = Places(slots)
     if max_rank:
         linears = match_targets(model, targets)
         for paths in stacks(linears):
             sizes = tuple(width(linears[p])[0] for p in paths)
             places.add_lora(paths, sizes, width(linears[paths[0]])[1], max_rank)
-    if not (max_prefix or max_prompt or max_bottleneck):
-        return places
-    if not isinstance(model, PreTrainedModel):
+    if (max_prefix or max_prompt) and getattr(model.config, "is_encoder_decoder", False):
         raise InputError(
-            f"{type(model).__name__}: expected a model of transformers for adapters other than LoRA"
+            f"for_model: prefixes and prompts are served of decoders and encoders alone, "
+            f"{type(model).__name__} has both: expected max_prefix 0 and max_prompt 0"
         )
     paths = {module: path for path, module in model.named_modules()}
-    backbone, shape = model.base_model, shape_of(model.base_model)
-    layers = attention_layers(backbone)
-    if len(layers) != shape.layers:
-        raise InputError(
-            f"{type(model).__name__}: expected {shape.layers} attention modules that know their "
-            f"layer_idx, found {len(layers)}"
-        )
-    for layer in layers if max_prefix else ():
-        places.add_prefix(paths[layer], shape.heads, shape.dim, max_prefix)
+    if max_prefix:
+        prefix.plan(model, PrefixTuning(max_prefix), True)
+        layers, shape = prefix.attention_layers(model.base_model), prefix.shape_of(model.base_model)
+        if hasattr(layers[0], "has_relative_attention_bias"):
+            raise InputError(
+                f"for_model: expected rotations or a table of positions where prefixes are served "
+                f"by row, {type(model).__name__} has a bias of relative ones"
+            )
+        for layer in layers:
+            places.add_prefix(paths[layer], shape.heads, shape.dim, max_prefix)
     if max_prompt:
+        prompt.plan(model, PromptTuning(max_prompt), True)
         table = model.get_input_embeddings()
         places.add_prompt(paths[table], table.weight.shape[1], max_prompt)
-    for layer in layers if max_bottleneck else ():
-        block = model.get_submodule(paths[layer].rpartition(".")[0])
-        for module in (layer, *(m for m in block.children() if "MLP" in type(m).__name__)):
-            places.add_bottleneck(paths[module], shape.hidden, max_bottleneck)
+    if adapter is not None:
+        places.bottleneck, d = adapter, model.config.hidden_size
+        norms = ("norm_w", "norm_b")[: {None: 0, "rms_norm": 1, "layer_norm": 2}[adapter.norm]]
+        for block in bottleneck.plan(model, adapter, True):
+            for module, _, hub in bottleneck.places(block, adapter.placement):
+                places.add_bottleneck(paths[module], d, adapter.size, norms)
+                places.hub[f"{block.path}.{hub}"] = paths[module]
     return places
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,26 +18,32 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers.attach import State
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.multi_lora_cpu import prepared
 from fusedpeft.ops.slots import LoRASlots, empty_lora_slots
 from fusedpeft.serve.model_places import width
+from fusedpeft.serve.sublayers import install_sublayers
 
 if TYPE_CHECKING:
     from fusedpeft.serve.pool import AdapterPool
 
 
-class _Batch:
-    """What one thread computes now: the slot of each row, and a stacked product in the making."""
+class Batch:
+    """What one thread computes now: the slot of each row, and what its modules leave each other."""
 
-    def __init__(self, slots: Tensor) -> None:
+    def __init__(self, slots: Tensor, sizes: list[list[int] | None]) -> None:
         self.slots = slots
+        self.sizes = sizes  # of each row's adapter by column, None for a row without
         self.by_rows = {slots.shape[0]: slots}  # rows of x -> the slot of each
-        self.group: _Group | None = None
+        self.made: dict = {}  # by a served module: what it has found out for this batch
+        self.group: _Group | None = None  # a stacked product in the making
         self.x: Tensor | None = None
         self.version = 0  # of x: a model may write to it between two of the linears
         self.parts: list[Tensor | None] = []
+        self.stream: Tensor | None = None  # what an FFN was given
+        self.cut = 0  # positions of soft prompts in front
 
     def of(self, x: Tensor) -> Tensor:
         """x [rows, …, K]: the slot of a row of the batch goes for all of its tokens."""
@@ -52,6 +58,10 @@ class _Batch:
             found = self.slots.repeat_interleave(rows // count)
             self.by_rows[rows] = found
         return found
+
+    def lengths(self, column: int) -> list[int]:
+        """The size of each row's adapter in one place, 0 where it has none there."""
+        return [0 if sizes is None else sizes[column] for sizes in self.sizes]
 
 
 class _Group:
@@ -81,7 +91,7 @@ class _Group:
                 module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
             del module.forward
 
-    def compute(self, x: Tensor, batch: _Batch) -> Tensor:
+    def compute(self, x: Tensor, batch: Batch) -> Tensor:
         slots = batch.of(x)
         y = self.few(x, slots)
         return multi_lora_linear(x, self.w, self.slots, slots, self.bias) if y is None else y
@@ -97,17 +107,28 @@ class Serving:
     """The installed model of a pool, and the batch of each thread."""
 
     def __init__(self, pool: AdapterPool) -> None:
-        self.pool, self.groups, self.head = pool, [], None
+        self.pool, self.undo = pool, ()
         self.local = threading.local()
 
     @torch.no_grad()
     def install(self, model: nn.Module) -> None:
-        if self.groups:
+        if self.undo:
             raise InputError("install: the pool serves a model already; uninstall it first")
-        linears = dict(model.named_modules())
-        found = []
+        if attached := list(getattr(model, "_fusedpeft", State()).configs):
+            raise InputError(
+                f"install: expected a model without attached adapters, got {attached}: detach them"
+            )
+        linears = self._linears(model)
+        with ExitStack() as undo:
+            self._install_linears(linears, undo)
+            self._install_head(model, undo)
+            install_sublayers(model, self.pool, self.local, undo)
+            self.undo = undo.pop_all()
+
+    def _linears(self, model: nn.Module) -> list[tuple[list[nn.Module], LoRASlots]]:
+        modules_of, found = dict(model.named_modules()), []
         for paths in self.pool.stacked():
-            slots, modules = self.pool.at(*paths), [linears.get(p) for p in paths]
+            slots, modules = self.pool.at(*paths), [modules_of.get(p) for p in paths]
             for path, module, n in zip(paths, modules, slots.sizes, strict=True):
                 wanted, kind = (n, slots.a.shape[2]), type(module).__name__
                 if not isinstance(module, nn.Linear | Conv1D) or width(module) != wanted:
@@ -115,32 +136,39 @@ class Serving:
                 if "forward" in module.__dict__:
                     raise InputError(f"install: {path} has a forward of its own already")
             found.append((modules, slots))
+        return found
+
+    def _install_linears(self, found: list[tuple[list[nn.Module], LoRASlots]], undo: ExitStack):
         for modules, slots in found:
             group = _Group(modules, slots)
-            self.groups.append(group)
+            undo.callback(group.restore)
             for i, module in enumerate(modules):
                 single = len(modules) == 1
                 module.forward = self._alone(group) if single else self._part(group, i)
+
+    def _install_head(self, model: nn.Module, undo: ExitStack) -> None:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
         if type(head) is nn.Linear and head.weight.is_cpu and "forward" not in head.__dict__:
-            self.head, head.forward = head, self._bare(head)
+            head.forward = self._bare(head)
+            undo.callback(delattr, head, "forward")
 
     def uninstall(self) -> None:
-        for group in self.groups:
-            group.restore()
-        if self.head is not None:
-            del self.head.forward
-        self.groups, self.head = [], None
+        if self.undo:
+            self.undo.close()
+        self.undo = ()
 
     @contextmanager
     def batch(self, names: Sequence[str | None]) -> Iterator[None]:
-        before = getattr(self.local, "batch", None)
-        with self.pool.hold(names) as slots, torch.no_grad():
-            self.local.batch = _Batch(slots)
-            try:
+        pool, before = self.pool, getattr(self.local, "batch", None)
+        slots = pool.acquire(names)
+        try:
+            where = torch.tensor(slots, dtype=torch.int32, device=pool.device)
+            self.local.batch = Batch(where, [None if s < 0 else pool.sizes(s) for s in slots])
+            with torch.no_grad():
                 yield
-            finally:
-                self.local.batch = before
+        finally:
+            self.local.batch = before
+            pool.release(slots)
 
     def _bare(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A linear without adapters: no row of a batch names a slot of a pool that has none."""

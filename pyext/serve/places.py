@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers.config import BottleneckAdapter
 from fusedpeft.ops.slots import AdapterSlots, LoRASlots, PrefixSlots, PromptSlots, row_stride
 
 ALIGN = 64  # numbers: stretches begin at whole 128 bytes in 16 bits
@@ -107,6 +108,8 @@ class Places:
         self.tables: list[tuple[int, int]] = []  # of each column: its first entry, the step a slot
         # (kind, paths) -> the view, given the numbers [slots, numbers] and the two tables
         self.views: dict[tuple[str, tuple[str, ...]], Callable[..., NamedTuple]] = {}
+        self.bottleneck: BottleneckAdapter | None = None  # what all of them have in common
+        self.hub: dict[str, str] = {}  # AdapterHub's path of a place -> the path here
 
     def of(self, kind: str) -> list[Place]:
         """The places of one kind, in the model's order."""
@@ -205,9 +208,11 @@ class Places:
         self.views["prompt", (path,)] = made
         self._add(Place("prompt", path, most, {"prompt": Field(("R", d))}, pack, columns))
 
-    def add_bottleneck(self, path: str, d: int, most: int) -> None:
+    def add_bottleneck(self, path: str, d: int, most: int, norms: tuple[str, ...] = ()) -> None:
+        """norms: which of norm_w and norm_b adapters bring."""
         size = row_stride(most)
         down, down_b, up, up_b = (self._take(n) for n in (size * d, size, d * size, d))
+        at_norms = {name: self._take(d) for name in norms}
         first, columns = self._table(1)
 
         def made(numbers: Tensor, sizes: Tensor, scales: Tensor) -> AdapterSlots:
@@ -219,12 +224,13 @@ class Places:
                 numbers[:, up_b : up_b + d],
                 sizes[entries],
                 scales[entries],
+                *(numbers[:, at : at + d] for at in at_norms.values()),
             )
 
         def pack(given: Mapping[str, Tensor]) -> list[Run]:
             runs = [Run(down, given["down_w"].flatten()), Run(up, _padded(given["up_w"]))]
-            biases = (("down_b", down_b), ("up_b", up_b))
-            return runs + [Run(at, given[name]) for name, at in biases if name in given]
+            vectors = {"down_b": down_b, "up_b": up_b, **at_norms}
+            return runs + [Run(at, given[name]) for name, at in vectors.items() if name in given]
 
         self.views["bottleneck", (path,)] = made
         fields = {
@@ -233,7 +239,7 @@ class Places:
             "down_b": Field(("R",), required=False),
             "up_b": Field((d,), required=False),
             "scale": Field((), required=False),
-        }
+        } | {name: Field((d,)) for name in norms}
         self._add(Place("bottleneck", path, most, fields, pack, columns))
 
     def pack(

@@ -22,10 +22,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.attach import unwrap
-from fusedpeft.layers.config import ALL_LINEAR
+from fusedpeft.layers.config import ALL_LINEAR, BottleneckAdapter
 from fusedpeft.layers.targets import nearest
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import LoRASlots, lora_slots
@@ -58,6 +59,7 @@ class AdapterPool:
         self._scales = torch.zeros(places.entries, dtype=torch.float32, device=device)
         # Entries of slot s in the two tables: first + s · step.
         self._first, self._step = torch.tensor(places.tables, device=device).unbind(1)
+        self._held = [[0] * len(places.tables)] * slots  # sizes by column of each slot, on the host
         self._views = {
             key: made(self._numbers, self._sizes, self._scales)
             for key, made in places.views.items()
@@ -79,7 +81,7 @@ class AdapterPool:
         *,
         max_prefix: int = 0,
         max_prompt: int = 0,
-        max_bottleneck: int = 0,
+        bottleneck: BottleneckAdapter | None = None,
         targets: str | Sequence[str] = ALL_LINEAR,
         dtype: torch.dtype | None = None,
         host_bytes: int = HOST_BYTES,
@@ -88,27 +90,35 @@ class AdapterPool:
 
         slots: adapters on the device at once. max_rank: of LoRA, on the linears that `targets`
         names (as in fp.LoRA; every linear but the head). max_prefix, max_prompt: virtual tokens of
-        a prefix, of a soft prompt. max_bottleneck: of adapters behind attention and MLP. 0: none of
-        that kind. dtype: of the adapters, the model's or fp32; None: the model's. host_bytes: how
-        much host memory adapters may take that wait there when they are not on the device.
+        a prefix, of a soft prompt. bottleneck: what its adapters have in common (placement,
+        activation, norm) and their largest size. 0, None: none of that kind. dtype: of the
+        adapters, the model's or fp32; None: the model's. host_bytes: how much host memory adapters
+        may take that wait there when they are not on the device.
         `stats()` tells what it all takes. Raises InputError.
         """
         model = unwrap(model)
         limits = {"max_rank": max_rank, "max_prefix": max_prefix, "max_prompt": max_prompt}
-        limits |= {"max_bottleneck": max_bottleneck, "host_bytes": host_bytes}
-        for name, value in {"slots": slots, **limits}.items():
+        for name, value in {"slots": slots, **limits, "host_bytes": host_bytes}.items():
             least = int(name == "slots")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise InputError(f"{name}: expected a whole number >= {least}, got {value!r}")
-        if not any(list(limits.values())[:4]):
+        if bottleneck is not None and not isinstance(bottleneck, BottleneckAdapter):
+            kind = type(bottleneck).__name__
+            raise InputError(f"bottleneck: expected a BottleneckAdapter or None, got {kind}")
+        if not any(limits.values()) and bottleneck is None:
             raise InputError("for_model: expected a size of some kind of adapter, all are 0")
+        if not isinstance(model, PreTrainedModel) and (max_prefix or max_prompt or bottleneck):
+            raise InputError(
+                f"{type(model).__name__}: expected a model of transformers for adapters other than "
+                "LoRA"
+            )
         if not isinstance(targets, str):
             targets = tuple(targets)
         weight = next(p for p in model.parameters() if p.is_floating_point())
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in (weight.dtype, torch.float32):
             raise InputError(f"dtype: expected {weight.dtype} (the model's) or fp32, got {dtype}")
-        sizes = (max_rank, max_prefix, max_prompt, max_bottleneck)
+        sizes = (max_rank, max_prefix, max_prompt, bottleneck)
         return cls(places_of(model, slots, targets, *sizes), weight.device, dtype, host_bytes)
 
     @staticmethod
@@ -120,9 +130,11 @@ class AdapterPool:
     # --- loading --------------------------------------------------------------------------------
 
     def load(self, name: str, dir: str | Path) -> int:
-        """Loads a checkpoint of PEFT's or `fp.save_adapter` under `name`; returns its slot.
+        """Loads a checkpoint of PEFT's, AdapterHub's or `fp.save_adapter` under `name`; returns its
+        slot.
 
-        LoRA (rsLoRA, rank and alpha patterns), prefix and prompt tuning; safetensors only. A name
+        LoRA (rsLoRA, rank and alpha patterns), prefix and prompt tuning, bottleneck adapters of the
+        pool's placement, activation and norm; safetensors only. A name
         that is taken is replaced: who holds the old adapter goes on with it. Where no slot is free
         the least recently used adapter that nobody holds gives its slot up and stays in host
         memory. Raises InputError, with a list, for a checkpoint that does not fit, and ValueError
@@ -134,8 +146,9 @@ class AdapterPool:
         """As `load`, from tensors. Keys are a module's path and one of these names:
 
         linear: lora_A [R, K], lora_B [N, R], scale (1). Attention: prefix_k, prefix_v [HKV, P, D].
-        Input embedding: prompt [P, d]. Attention or MLP: down_w [E, d], up_w [d, E], down_b [E] and
-        up_b [d] (0), scale (1). All kinds may come together; a place left out is left as it is.
+        Input embedding: prompt [P, d]. What a bottleneck adapter follows: down_w [E, d], up_w
+        [d, E], down_b [E] and up_b [d] (0), scale (1), norm_w and norm_b [d] where the pool's have
+        a norm. All kinds may come together; a place left out is left as it is.
         """
         if not isinstance(name, str) or not name:
             raise InputError(f"adapter name: expected a word, got {name!r}")
@@ -172,6 +185,7 @@ class AdapterPool:
                 if evicted:
                     self._wipe(slot)
                 self._write(slot, packed)
+                self._held[slot] = packed.sizes.tolist()
                 if self._stream is not None:
                     self._written[slot] = self._stream.record_event()
         except BaseException:
@@ -241,6 +255,19 @@ class AdapterPool:
         finally:
             self.release(slots)
 
+    def column(self, kind: str, path: str) -> int:
+        """Where `sizes` has that of a place."""
+        return next(p for p in self._places.of(kind) if p.path == path).columns[0]
+
+    def has(self, kind: str) -> bool:
+        """Whether there are places for that kind of adapter."""
+        return any(k == kind for k, _ in self._views)
+
+    @property
+    def bottleneck(self) -> BottleneckAdapter | None:
+        """What the pool's bottleneck adapters have in common."""
+        return self._places.bottleneck
+
     def _fetch(self, name: str) -> int:
         with self._loading:
             slot = self._table.acquire([name])[0]  # another thread was first
@@ -278,6 +305,10 @@ class AdapterPool:
 
     def __contains__(self, name: str) -> bool:
         return self._table.find(name) >= 0 or name in self._host
+
+    def sizes(self, slot: int) -> list[int]:
+        """Of a slot that is held: what its adapter's size is in each column of its places."""
+        return self._held[slot]
 
     def at(self, *paths: str, kind: str | None = None) -> NamedTuple:
         """What the ops take for a module: LoRASlots of a linear, or of siblings that are stacked
@@ -334,11 +365,11 @@ class AdapterPool:
     # --- a model that runs on the pool ------------------------------------------------------------
 
     def install(self, model: nn.Module) -> None:
-        """Lets the model's linears read the pool, in place: see serve/modules.py."""
+        """Lets the model read the pool, in place: its linears, and what else it has places for."""
         self._serving.install(unwrap(model))
 
     def uninstall(self) -> None:
-        """Gives the model its own linears back."""
+        """Makes the model what it was."""
         self._serving.uninstall()
 
     def batch(self, names: Sequence[str | None]) -> AbstractContextManager:

@@ -150,7 +150,12 @@ def test_a_load_that_breaks_leaves_no_trace(one_linear, monkeypatch):
 
 def test_bytes(llama):
     pool = fp.AdapterPool.for_model(
-        llama, slots=5, max_rank=3, max_prefix=2, max_prompt=4, max_bottleneck=6
+        llama,
+        slots=5,
+        max_rank=3,
+        max_prefix=2,
+        max_prompt=4,
+        bottleneck=fp.BottleneckAdapter(size=6),
     )
     views = {k: made for k, made in pool._views.items() if k[0] != "lora" or len(k[1]) == 1}
     least = sum(t[0].numel() * t.element_size() for v in views.values() for t in v

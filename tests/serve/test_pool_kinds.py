@@ -1,0 +1,244 @@
+"""Prefixes, soft prompts and bottleneck adapters in an installed model: row by row what the model
+computes with that adapter attached."""
+
+import copy
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, T5Config
+from transformers import T5ForConditionalGeneration as T5
+
+import fusedpeft as fp
+from fusedpeft.errors import InputError
+from fusedpeft.serve.checkpoint import read_adapter
+
+PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
+NEW = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+
+
+@pytest.fixture
+def adapted(tmp_path):
+    """(model, config, seed) -> (folder of a saved adapter, the model with it attached)."""
+    count = itertools.count()
+
+    def made(model, config, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        theirs = fp.attach(copy.deepcopy(model), config, "one").eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        folder = tmp_path / f"adapter-{next(count)}"
+        fp.save_adapter(theirs, folder, "one")
+        return folder, theirs.requires_grad_(False)
+
+    return made
+
+
+def lively(model):
+    """Weights so large that what a model says next depends on all that it has read."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def filled(pool, model, adapted, configs) -> dict:
+    """The pool with these adapters; {name: the model with it attached}, None for the base."""
+    alone = {None: copy.deepcopy(model)}
+    for seed, (name, config) in enumerate(configs.items()):
+        folder, alone[name] = adapted(model, config, seed)
+        alone[name].folder = folder
+        pool.load(name, folder)
+    return alone
+
+
+def padded(ids):
+    """The same with two tokens of padding on the left of row 1, and its mask."""
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+KINDS = {
+    "prefix": {"max_prefix": 8},
+    "prompt": {"max_prompt": 8},
+    "bottleneck": {"bottleneck": fp.BottleneckAdapter(size=9, activation="gelu_tanh")},
+}
+CONFIGS = {
+    "prefix": {"a": fp.PrefixTuning(5), "b": fp.PrefixTuning(8), "c": fp.PrefixTuning(5)},
+    "prompt": {"a": fp.PromptTuning(3), "b": fp.PromptTuning(8), "c": fp.PromptTuning(3)},
+    "bottleneck": {
+        name: fp.BottleneckAdapter(size=size, activation="gelu_tanh", scale=scale)
+        for name, size, scale in (("a", 4, 1.0), ("b", 9, 0.5), ("c", 1, 2.0))
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_its_own(build, ids, adapted, kind):
+    base = lively(build())
+    plain = base(ids).logits
+    pool = fp.AdapterPool.for_model(base, slots=3, max_rank=4, **KINDS[kind])
+    alone = filled(pool, base, adapted, CONFIGS[kind])
+    pool.install(base)
+    torch.testing.assert_close(base(ids).logits, plain)
+    for names in (["a", "b", None, "c"], ["b"] * 4, [None] * 4):
+        for given in ({"input_ids": ids}, padded(ids)):
+            with pool.batch(names):
+                got = base(**given).logits
+            for row, name in enumerate(names):
+                one = {key: value[row : row + 1] for key, value in given.items()}
+                seen = given.get("attention_mask", torch.ones_like(ids))[row] == 1
+                want = alone[name](**one).logits[0]
+                torch.testing.assert_close(got[row][seen], want[seen], rtol=1e-4, atol=1e-4)
+    pool.uninstall()
+    assert torch.equal(base(ids).logits, plain)
+    assert pool.stats()["held"] == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generation(build, ids, adapted, kind):
+    """With a cache that grows and one that is allocated, and with padding."""
+    base = lively(build())
+    pool = fp.AdapterPool.for_model(base, slots=3, max_rank=4, **KINDS[kind])
+    alone = filled(pool, base, adapted, CONFIGS[kind])
+    pool.install(base)
+    names = ["a", "b", None, "c"]
+    for given, cache in (
+        (padded(ids), "dynamic"), ({"input_ids": ids}, "dynamic"), ({"input_ids": ids}, "static")
+    ):  # fmt: skip
+        with pool.batch(names):
+            got = base.generate(**given, **NEW, cache_implementation=cache)
+        for row, name in enumerate(names):
+            one = {key: value[row : row + 1] for key, value in given.items()}
+            assert torch.equal(got[row], alone[name].generate(**one, **NEW)[0])
+
+
+def test_every_kind_in_one_batch(build, ids, adapted):
+    """And one adapter that is of all kinds."""
+    base = lively(build())
+    limits = {key: value for kind in KINDS.values() for key, value in kind.items()}
+    pool = fp.AdapterPool.for_model(base, slots=5, max_rank=4, **limits)
+    configs = {kind: CONFIGS[kind]["b"] for kind in KINDS} | {"lora": fp.LoRA(rank=3)}
+    alone = filled(pool, base, adapted, configs)
+    everything = {}
+    for kind in configs:
+        everything |= read_adapter(alone[kind].folder, pool._places)
+    pool.put("all", everything)
+    alone["all"] = fp.attach(copy.deepcopy(base), configs["prefix"], "prefix")
+    for kind in ("prompt", "bottleneck", "lora"):
+        fp.attach(alone["all"], configs[kind], kind)
+    for kind in configs:
+        source = alone[kind].state_dict()
+        own = {k.replace(".one", f".{kind}"): v for k, v in source.items() if ".one" in k}
+        assert own and not alone["all"].load_state_dict(own, strict=False).unexpected_keys
+    fp.activate(alone["all"].eval(), list(configs))
+    pool.install(base)
+    for names in (["prefix", "lora", None, "all"], ["prompt", "all", "bottleneck", "prefix"]):
+        with pool.batch(names):
+            got, new = base(ids).logits, base.generate(ids, **NEW)
+        for row, name in enumerate(names):
+            want = alone[name](ids[row : row + 1]).logits[0]
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
+            assert torch.equal(new[row], alone[name].generate(ids[row : row + 1], **NEW)[0])
+
+
+@pytest.mark.parametrize("norm", [None, "layer_norm"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
+def test_bottleneck_placements(llama, ids, adapted, kind, placement, norm):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, num_hidden_layers=2, num_attention_heads=4, hidden_size=24,
+                 intermediate_size=40, max_position_embeddings=32)  # fmt: skip
+    t5 = dict(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=2, num_heads=3,
+              decoder_start_token_id=0)  # fmt: skip
+    base = {
+        "llama": lambda: llama,
+        "bert": lambda: BertForSequenceClassification(BertConfig(**sizes)),
+        "t5": lambda: T5(T5Config(**t5)),
+    }[kind]().eval().requires_grad_(False)  # fmt: skip
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids[:, :4]} if kind == "t5" else {})
+    common = dict(placement=placement, activation="silu", norm=norm)
+    pool = fp.AdapterPool.for_model(
+        base, slots=2, max_rank=0, bottleneck=fp.BottleneckAdapter(size=16, **common)
+    )
+    configs = {n: fp.BottleneckAdapter(size=s, **common) for n, s in (("a", 5), ("b", 16))}
+    alone = filled(pool, base, adapted, configs)
+    pool.install(base)
+    names = ["a", None, "b", "a"]
+    with pool.batch(names):
+        got = base(**given).logits
+    for row, name in enumerate(names):
+        want = alone[name](**given).logits[row]
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+    assert (got[0] - alone[None](**given).logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pool_in_fp32_beside_a_model_in_16_bits(llama, ids, adapted, kind):
+    exact, low = copy.deepcopy(llama), llama.to(torch.bfloat16)
+    pool = fp.AdapterPool.for_model(low, slots=3, max_rank=0, dtype=torch.float32, **KINDS[kind])
+    alone = filled(pool, exact, adapted, CONFIGS[kind])
+    names = ["a", None, "b", "c"]
+    pool.install(low)
+    with pool.batch(names):
+        got = low(ids).logits
+    for row, name in enumerate(names):
+        want = alone[name](ids[row : row + 1]).logits[0]
+        lost = alone[name].to(torch.bfloat16)(ids[row : row + 1]).logits[0].float() - want
+        assert (got[row].float() - want).norm() <= 2 * lost.norm()
+        alone[name].float()
+
+
+def test_threads(llama, ids, adapted):
+    base = lively(llama)
+    limits = {key: value for kind in KINDS.values() for key, value in kind.items()}
+    pool = fp.AdapterPool.for_model(base, slots=3, max_rank=0, **limits)
+    filled(pool, base, adapted, {kind: CONFIGS[kind]["a"] for kind in KINDS})
+    pool.install(base)
+
+    def run(names):
+        with pool.batch(names):
+            return base(ids).logits
+
+    batches = [list(names) for names in itertools.permutations([*KINDS, None])][::5]
+    alone = [run(names) for names in batches]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(run, batches * 8))
+    for i, got in enumerate(together):
+        torch.testing.assert_close(got, alone[i % len(batches)], rtol=0, atol=1e-5)
+
+
+def test_what_is_refused(llama, ids, adapted, tmp_path):
+    folder, theirs = adapted(llama, fp.BottleneckAdapter(size=4, activation="tanh"))
+    common = dict(slots=1, max_rank=0)
+    for config, said in (
+        (fp.BottleneckAdapter(size=4), "expected activation 'relu', as the pool's, got 'tanh'"),
+        (fp.BottleneckAdapter(size=4, placement="pfeiffer", activation="tanh"), "expected placem"),
+        (fp.BottleneckAdapter(size=3, activation="tanh"), r"is of size 4, expected 1\.\.3"),
+        (None, "the pool was made without them"),
+    ):
+        limits = {"max_prompt": 2} if config is None else {"bottleneck": config}
+        pool = fp.AdapterPool.for_model(llama, **common, **limits)
+        with pytest.raises(InputError, match=said):
+            pool.load("a", folder)
+        assert pool.stats()["free"] == 1
+    with pytest.raises(InputError, match="bottleneck: expected a BottleneckAdapter or None, got i"):
+        fp.AdapterPool.for_model(llama, bottleneck=4)
+    with pytest.raises(InputError, match=r"install: expected a model without attached .*\['one'\]"):
+        fp.AdapterPool.for_model(llama, **common, max_prompt=2).install(theirs)
+    pool = fp.AdapterPool.for_model(llama, **common, max_prefix=5, max_prompt=2)
+    for name, config in (("x", fp.PrefixTuning(5)), ("p", fp.PromptTuning(2))):
+        pool.load(name, adapted(llama, config)[0])
+        pool.install(llama)
+        with pool.batch([name] * 3), pytest.raises(ValueError, match="expected 3 rows"):
+            llama(ids)
+        pool.uninstall()
+    t5 = T5(T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3))
+    with pytest.raises(InputError, match="expected max_prefix 0 and max_prompt 0"):
+        fp.AdapterPool.for_model(t5, max_rank=0, max_prompt=2)
