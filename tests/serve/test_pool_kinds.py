@@ -3,10 +3,14 @@ computes with that adapter attached."""
 
 import copy
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, T5Config
 from transformers import T5ForConditionalGeneration as T5
 
@@ -14,6 +18,7 @@ import fusedpeft as fp
 from fusedpeft.errors import InputError
 from fusedpeft.serve.checkpoint import read_adapter
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adapterhub"
 PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
 NEW = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
 
@@ -177,6 +182,28 @@ def test_bottleneck_placements(llama, ids, adapted, kind, placement, norm):
         want = alone[name](**given).logits[row]
         torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
     assert (got[0] - alone[None](**given).logits[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("family", ["bart", "gpt2", "llama", "roberta", "t5"])
+def test_adapterhub_s_own(family, placement):
+    """A checkpoint that the `adapters` package wrote, by name, and the logits that it computed."""
+    golden = load_file(GOLDEN / family / "logits.safetensors")
+    kind = json.loads((GOLDEN / family / "config.json").read_text())["architectures"][0]
+    base = getattr(transformers, kind).from_pretrained(GOLDEN / family).eval()
+    folder, ids = GOLDEN / family / placement, golden["ids"]
+    settings = json.loads((folder / "adapter_config.json").read_text())["config"]
+    activation = {"swish": "silu"}.get(settings["non_linearity"], settings["non_linearity"])
+    common = fp.BottleneckAdapter(size=8, placement=placement, activation=activation)
+    pool = fp.AdapterPool.for_model(base, slots=1, max_rank=0, bottleneck=common)
+    pool.load("theirs", folder)
+    pool.install(base)
+    given = {"input_ids": ids}
+    given |= {"decoder_input_ids": ids.flip(0)} if base.config.is_encoder_decoder else {}
+    with pool.batch(["theirs"] * (len(ids) - 1) + [None]):
+        got = base(**given).logits
+    torch.testing.assert_close(got[:-1], golden[placement][:-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[-1], golden["base"][-1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
