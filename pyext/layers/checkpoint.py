@@ -39,13 +39,15 @@ from fusedpeft.layers.peft_config import (
     selects_modules,
     to_peft,
 )
+from fusedpeft.layers.peft_heads import add_head, check_head, head_beside, take_head
 from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of
 from fusedpeft.layers.prompt import prompt_of
-from fusedpeft.layers.targets import match_targets
+from fusedpeft.layers.targets import match_targets, of_body
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # of LoRA's keys
+_PROMPT_PREFIX = "base_model."  # of a classifier's beside a prefix or a prompt
 _PROMPT = "prompt_embeddings"  # the one tensor of a prefix or a prompt
 # Tensor on disk -> the parameter's name here; the last is how PEFT wrote DoRA for a while.
 _SUFFIXES = {
@@ -90,7 +92,8 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
 
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
     `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
-    its projection folded away, a prompt one [P, d]; in the parameters' dtype. The prefix of an
+    its projection folded away, a prompt one [P, d]; in the parameters' dtype. A classifier attached
+    as OutputLayer under `<name>_head` goes with it, as PEFT's modules_to_save. The prefix of an
     encoder-decoder is for `load_adapter` alone, which reads PEFT's as well. Under FSDP2 every rank
     calls it. Killed at any moment it leaves the old adapter, the new one, or none that loads: never
     new weights under old settings.
@@ -110,14 +113,15 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
 
     weights_name = WEIGHTS_NAME
     if isinstance(config, LoRA):
-        tensors, settings = _lora(model, config, name)
+        tensors, settings = _with_head(model, name, _PREFIX, *_lora(model, config, name))
     elif isinstance(config, BottleneckAdapter):
         settings, weights_name = adapterhub.to_hub(config, model, name), adapterhub.WEIGHTS_NAME
         tensors = adapterhub.hub_tensors(model, config, name)
     elif isinstance(config, FeatureBased | OutputLayer):
         tensors, settings = head_tensors(model, name), head_settings(config, model)
     else:
-        tensors, settings = _prompt(model, config, name)
+        made = _prompt(model, config, name)
+        tensors, settings = _with_head(model, name, _PROMPT_PREFIX, *made)
     tensors = {key: _whole(t).cpu().contiguous() for key, t in tensors.items()}
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
@@ -128,6 +132,13 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     _replace_file(folder / weights_name, save(tensors, metadata={"format": "pt"}))
     _replace_file(config_path, text)
     return folder
+
+
+def _with_head(
+    model: nn.Module, name: str, start: str, tensors: dict[str, Tensor], settings: dict
+) -> tuple[dict[str, Tensor], dict]:
+    more, said = head_beside(model, name, start)
+    return tensors | more, settings | said
 
 
 def _lora(model: nn.Module, config: LoRA, name: str) -> tuple[dict[str, Tensor], dict]:
@@ -157,7 +168,8 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     AdapterHub, or either that `save_adapter` wrote to `dir`, active and trainable, under `name`
     (free so far); returns the model.
 
-    Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. Raises InputError, before the model is
+    Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. A classifier that PEFT saved with it becomes
+    an OutputLayer `<name>_head`, active beside it. Raises InputError, before the model is
     changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
     PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra or of another
     shape, as in an adapter for another base.
@@ -173,22 +185,43 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     if isinstance(config, FeatureBased | OutputLayer):
         _load_head(folder, inner, config, name, tensors)
         return model
-    if not isinstance(config, LoRA):
+    head = take_head(tensors, _PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX)
+    if head:
+        check_head(folder / WEIGHTS_NAME, inner, name, head)
+    if isinstance(config, LoRA):
+        _load_lora(folder, inner, config, name, tensors, selects_modules(raw), bool(head))
+    else:
         two = raw.get("num_transformer_submodules") == 2
         _load_prompt(folder, inner, config, name, tensors, two)
-        return model
+    if head:
+        add_head(inner, name, head)
+    return model
+
+
+def _load_lora(
+    folder: Path,
+    model: nn.Module,
+    config: LoRA,
+    name: str,
+    tensors: dict[str, Tensor],
+    selected: bool,
+    head: bool,
+) -> None:
     by_path, extra = lora_by_path(tensors)
-    if selects_modules(raw) and by_path:
+    if head and config.targets != ALL_LINEAR:
+        # A target's name may match in the classifier, which is saved whole.
+        found = [p for p in match_targets(model, config.targets, strict=False) if of_body(p)]
+        config = LoRA(**{**vars(config), "targets": tuple(found)})
+    if selected and by_path:
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
         config = LoRA(**{**vars(config), "targets": tuple(by_path)})
-    _check_tensors(folder, inner, config, by_path, extra)
-    attach_to(inner, config, name, strict=False)
+    _check_tensors(folder, model, config, by_path, extra)
+    attach_to(model, config, name, strict=False)
     with torch.no_grad():
-        for path, module in lora_modules(inner):
+        for path, module in lora_modules(model):
             if name in module.adapters:
                 for attribute, value in by_path[path].items():
                     getattr(module.adapters[name], attribute).copy_(value)
-    return model
 
 
 def _load_prompt(

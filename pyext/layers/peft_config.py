@@ -19,6 +19,7 @@ from fusedpeft.layers.config import (
     PromptTuning,
 )
 from fusedpeft.layers.prefix import Shape, shape_of, stack_of
+from fusedpeft.layers.targets import CLASSIFIERS
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -59,13 +60,21 @@ def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d
     }
 
 
+_TASKS = {  # how a model's class ends -> PEFT's name of what it does
+    "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}  # fmt: skip
+
+
 def _about(model: nn.Module) -> dict:
     can_generate = getattr(model, "can_generate", None)
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
     kind = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else "CAUSAL_LM"
+    heads = (task for end, task in _TASKS.items() if type(model).__name__.endswith(end))
+    generates = can_generate is not None and can_generate()
     return {
-        "task_type": kind if can_generate is not None and can_generate() else None,
+        "task_type": kind if generates else next(heads, None),
         "base_model_name_or_path": name or None,
         "inference_mode": True,
     }
@@ -182,6 +191,8 @@ def _check_plain(path: Path, raw: dict[str, Any]) -> None:
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     unknown = [k for k in raw if k not in _READ and k not in _IGNORED and raw[k]]
+    if "modules_to_save" in unknown and set(raw["modules_to_save"]) <= set(CLASSIFIERS):
+        unknown.remove("modules_to_save")  # their tensors say what there is
     if unknown:
         named = ", ".join(f"{k}={raw[k]!r}" for k in unknown)
         raise InputError(f"{path}: not supported, only plain LoRA and DoRA are: {named}")

@@ -2,7 +2,8 @@
 
 (Lester et al. 2021, §2.) The backbone runs over P + T positions and gives back the last T, so that
 logits and labels stay one for each token. Of an encoder-decoder it is the encoder that reads the
-prompt, and the decoder attends to all P + T, as in PEFT.
+prompt, and the decoder attends to all P + T, as in PEFT. A classifier that reads an encoder's first
+position (BERT, RoBERTa) reads the prompt's first, as in PEFT.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import PromptTuning
+from fusedpeft.layers.prefix import attention_layers, room_of
 from fusedpeft.ops import soft_prompt_embedding
 
 _CHILD = "fusedpeft_prompt"
@@ -26,7 +28,8 @@ class Prompts(nn.Module):
 
     def __init__(self, stack: nn.Module, keeps: bool):
         super().__init__()
-        self.keeps = keeps  # an encoder: what the prompt became is attended to
+        self.keeps = keeps  # what the prompt became is read by what follows the stack
+        self.room = room_of(stack)
         self.prompts = nn.ParameterDict()
         self.active: str | None = None
         self._names = tuple(inspect.signature(stack.forward).parameters)
@@ -45,6 +48,12 @@ class Prompts(nn.Module):
         cache = given.get("past_key_values") if cache is None else cache
         first = cache is None or cache.get_seq_length() == 0
         length = len(prompt)
+        tokens = (ids if embeds is None else embeds).shape[1]
+        if self.room is not None and tokens + length > self.room:
+            raise InputError(
+                f"PromptTuning: expected at most {self.room} positions, as the model has embeddings"
+                f" for, got {tokens} tokens behind a prompt of {length}"
+            )
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -56,6 +65,8 @@ class Prompts(nn.Module):
                 front = torch.arange(length, device=positions.device, dtype=positions.dtype)
                 positions = torch.cat((front.expand(len(positions), -1), positions), 1)
             given["position_ids"] = positions
+        if (types := given.get("token_type_ids")) is not None:
+            given["token_type_ids"] = torch.cat((types.new_zeros(len(types), length), types), 1)
         given.pop("cache_position", None)  # the stack counts for itself
         if not first:
             return (), given
@@ -129,14 +140,27 @@ def stack_of(model: nn.Module) -> nn.Module:
     return backbone.encoder if getattr(config, "is_encoder_decoder", False) else backbone
 
 
+def is_encoder(model: nn.Module) -> bool:
+    """Whether every token attends to every other one."""
+    return not any(getattr(m, "is_causal", False) for m in attention_layers(stack_of(model)))
+
+
+def reads_first(model: nn.Module) -> bool:
+    """Whether what follows the stack reads its first position."""
+    return is_encoder(model) and type(model).__name__.endswith("ForSequenceClassification")
+
+
 def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     """The prompt's first values [P, d]."""
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
-    if not getattr(model.config, "use_cache", False):
-        raise InputError(f"PromptTuning: expected a model with a decoder, got {kind}")
-    weight = model.base_model.get_input_embeddings().weight.detach()
+    weight = getattr(model.base_model.get_input_embeddings(), "weight", None)
+    if weight is None or weight.ndim != 2 or not list(attention_layers(stack_of(model))):
+        raise InputError(
+            f"PromptTuning: expected a model of text, with embeddings of tokens, in {kind}"
+        )
+    weight = weight.detach()
     vocabulary, hidden = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if config.init == "random":
@@ -175,7 +199,7 @@ def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> No
     root = getattr(stack, _CHILD, None)
     if root is None:
         two = stack is not model.base_model
-        root = Prompts(stack, keeps=two)
+        root = Prompts(stack, keeps=two or reads_first(model))
         root._handles = [
             stack.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
             stack.register_forward_hook(root.after),

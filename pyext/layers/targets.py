@@ -76,6 +76,11 @@ def _matches(name: str, path: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def of_body(path: str) -> bool:
+    """Whether a module is not in a classifier."""
+    return path.partition(".")[0] not in CLASSIFIERS
+
+
 def match_targets(
     model: nn.Module, targets: str | tuple[str, ...], *, strict: bool = True
 ) -> dict[str, nn.Module]:
@@ -89,9 +94,7 @@ def match_targets(
     ends = {path.rpartition(".")[2] for path in linears}
     if targets == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        chosen = [
-            p for p in linears if modules[p] is not head and p.partition(".")[0] not in CLASSIFIERS
-        ]
+        chosen = [p for p in linears if modules[p] is not head and of_body(p)]
         if not chosen:
             raise InputError(
                 f"LoRA targets 'all-linear': no nn.Linear or Conv1D in {type(model).__name__}"

@@ -54,6 +54,11 @@ def places_of(
             places.add_prefix(paths[layer], shape.heads, shape.dim, max_prefix)
     if max_prompt:
         prompt.plan(model, PromptTuning(max_prompt), True)
+        if prompt.is_encoder(model):
+            raise InputError(
+                f"for_model: prompts are served of decoders, {type(model).__name__} is an encoder: "
+                "expected max_prompt 0"
+            )
         table = model.get_input_embeddings()
         places.add_prompt(paths[table], table.weight.shape[1], max_prompt)
     if adapter is not None:

@@ -203,3 +203,107 @@ def test_prompts_generate_and_leave(name, ids):
     assert not torch.equal(model.generate(ids, **options), before)
     fp.detach(model)
     assert torch.equal(model.generate(ids, **options), before)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+def test_prompts_of_encoders_mean_the_same_to_peft(name, ids):
+    """The classifier reads the prompt's first position, as PEFT has it."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(classifier(name), config).eval()
+    weight = theirs.prompt_encoder.default.embedding.weight
+    with torch.no_grad():
+        weight.normal_()
+    model = fp.attach(classifier(name), fp.PromptTuning(length=P))
+    prompt = next(p for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        prompt.copy_(weight)
+    padded, types = torch.ones_like(ids), torch.zeros_like(ids)
+    padded[0, -3:] = 0
+    if name == "Bert":
+        types[:, 5:] = 1
+    for given in ({}, {"attention_mask": padded, "token_type_ids": types}):
+        want = theirs(ids, labels=torch.tensor([0, 2]), **given)
+        got = model(ids, labels=torch.tensor([0, 2]), **given)
+        torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
+    got.loss.backward()
+    want.loss.backward()
+    torch.testing.assert_close(prompt.grad, weight.grad, rtol=0, atol=1e-5)
+
+
+def test_prompts_of_encoders_leave_a_logit_a_token(ids):
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER)).eval()
+    before = model(ids).logits
+    fp.attach(model, fp.PromptTuning(length=P))
+    got = model(ids).logits
+    assert got.shape == before.shape and not torch.allclose(got, before)
+    with pytest.raises(InputError, match="at most 32 positions, .* got 30 tokens behind a prompt"):
+        model(ids.repeat(1, 4)[:, :30])
+    fp.detach(model)
+    assert torch.equal(model(ids).logits, before)
+
+
+# --- classifiers --------------------------------------------------------------------------------
+
+
+def _settings(kind):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    common = {"task_type": "SEQ_CLS"}
+    if kind == "lora":
+        return peft.LoraConfig(r=4, target_modules="all-linear", **common)
+    return peft.PromptTuningConfig(num_virtual_tokens=P, **common)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "GPT2"])
+@pytest.mark.parametrize("kind", ["lora", "prompt"])  # this PEFT's prefixes want a cache
+def test_a_classifier_comes_and_goes_with_peft_s_adapter(kind, name, ids, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    build = two_labels if name == "GPT2" else classifier
+    theirs = peft.get_peft_model(build(name), _settings(kind)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    want = theirs(ids).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = fp.load_adapter(build(name), tmp_path / "theirs", "a")
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
+    plain = build(name)(ids).logits
+    fp.activate(model, None)
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=1e-6)
+    fp.activate(model, ["a", "a_head"])
+    fp.save_adapter(model, tmp_path / "ours", "a")
+    again = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(ids).logits, want, rtol=0, atol=1e-5)
+    assert type(again) is type(theirs)
+    if name != "GPT2":
+        other = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER))
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(InputError, match="does not fit the head of this BertForMaskedLM"):
+            fp.load_adapter(other, tmp_path / "theirs", "a")
+        assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_a_classifier_comes_and_goes_with_a_prefix(ids, tmp_path):
+    model = classifier("Bert")
+    fp.attach(model, fp.PrefixTuning(length=P), "a")
+    fp.attach(model, fp.OutputLayer(), "a_head")
+    fp.activate(model, ["a", "a_head"])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    fp.save_adapter(model, tmp_path, "a")
+    again = fp.load_adapter(classifier("Bert"), tmp_path, "b")
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def two_labels(_):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=61, n_embd=24, n_layer=2, n_head=4, n_positions=64, pad_token_id=1,
+        bos_token_id=1, eos_token_id=1, attn_pdrop=0.0,
+    )  # fmt: skip
+    return transformers.GPT2ForSequenceClassification(config).eval()

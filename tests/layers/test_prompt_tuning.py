@@ -176,14 +176,11 @@ def test_what_cannot_be(llama, ids, words, tmp_path):
         with pytest.raises(InputError, match=message):
             fp.attach(llama, config)
     assert all(p.requires_grad for p in llama.parameters())
-    bert = transformers.BertModel(
-        transformers.BertConfig(
-            vocab_size=61, hidden_size=24, num_hidden_layers=1, num_attention_heads=4,
-            intermediate_size=40, use_cache=False,
-        )
-    )  # fmt: skip
-    with pytest.raises(InputError, match="PromptTuning: expected a model with a decoder, got Bert"):
-        fp.attach(bert, fp.PromptTuning())
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40
+    )
+    with pytest.raises(InputError, match="PromptTuning: expected a model of text, .* in ViTModel"):
+        fp.attach(transformers.ViTModel(config), fp.PromptTuning())
     fp.attach(llama, fp.PromptTuning(length=P))
     with pytest.raises(InputError, match=r"expected an attention_mask \[B, T\]"):
         llama(ids, attention_mask=torch.zeros(2, 1, 9, 9))
