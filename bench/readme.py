@@ -1,9 +1,10 @@
-"""Writes the measured table of README.md from the committed files of bench/results.
+"""Writes what README.md says of measurements from the committed files of bench/results.
 
     python -m fusedpeft.bench.readme [--check] [--root DIR]
 
-Only what lies between `<!-- measured:begin -->` and `<!-- measured:end -->` is replaced. --check
-changes nothing and exits with 1 where the table is not what the files say.
+Of README.md only what lies between `<!-- measured:begin -->` and `<!-- measured:end -->` is
+replaced: a line for each op. Beside each device's files go README.md with its tables and ratios.svg
+with their picture. --check changes nothing and exits with 1 where they are not what the files say.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import statistics
 import sys
 from pathlib import Path
 
+from fusedpeft.bench.chart import Line, ratios_svg
 from fusedpeft.bench.ledger import Result, ledger, load_results
 from fusedpeft.bench.record import checkout
 from fusedpeft.errors import InputError
 
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 OURS = "fusedpeft"
-LISTED = 12  # cases a device and op; the others are summed up in one line
+CHART = "ratios.svg"
+# Ours in another way, or with less to do: nobody to be compared with.
+NO_PEERS = ("accelerated", "fusedpeft + loss", "paged", "no prefix", "sdpa")
+LISTED = 48  # cases a device and op; the others are summed up in one line
 
 
 def _cases(rows: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
@@ -65,7 +70,7 @@ def _table(op: str, rows: list[dict]) -> list[str]:
     return lines
 
 
-def _device(result: Result) -> list[str]:
+def _about(result: Result) -> str:
     env = result.environment
     versions = ", ".join(
         f"{name} {env['versions'][name]}"
@@ -73,14 +78,76 @@ def _device(result: Result) -> list[str]:
         if env["versions"].get(name)
     )
     driver = f", driver {env['driver']}" if env["driver"] else ""
-    lines = [
-        f"**{env['device']}**{driver}, {versions}; commit {env['commit']}, {env['date']} "
-        f"(`bench/results/{result.path.name}`)",
-        "",
-    ]
+    return f"**{env['device']}**{driver}, {versions}; commit {env['commit']}, {env['date']}"
+
+
+def _groups(rows: list[dict]) -> dict[tuple[str, str], dict[tuple[str, str], dict[str, dict]]]:
+    """(kind, dtype) -> cases; the kind is a case's first word where that is no size."""
+    found: dict = {}
+    for (case, dtype), impls in _cases(rows).items():
+        word = case.partition(" ")[0]
+        found.setdefault((word if word.isalpha() else "", dtype), {})[case, dtype] = impls
+    return found
+
+
+def _ratios(cases: dict[tuple[str, str], dict[str, dict]], name: str) -> list[float]:
+    rows = (impls.get(name) for impls in cases.values())
+    return [row["ratio"] for row in rows if row is not None and row["ratio"] is not None]
+
+
+def _summary(result: Result) -> tuple[list[str], list[Line]]:
+    """A line of the table, and of the picture, for each op, kind and dtype."""
+    table, picture = [], []
     for rows in result.rows.values():
-        lines += [*_table(rows[0]["op"], rows), ""]
-    return lines
+        op, (floor, peers) = rows[0]["op"], _contestants(_cases(rows))
+        for (kind, dtype), cases in _groups(rows).items():
+            ours = _ratios(cases, OURS)
+            if not ours:
+                continue
+            names = (p for p in peers if p not in NO_PEERS)
+            others = {p: got for p in names if (got := _ratios(cases, p))}
+            medians = {p: statistics.median(got) for p, got in others.items()}
+            best = min(medians, key=medians.get) if medians else None
+            cells = [
+                f"{op} {kind}".strip(), dtype, floor, str(len(ours)),
+                f"**{statistics.median(ours):.2f}**", f"{min(ours):.2f}–{max(ours):.2f}",
+                "-" if best is None else f"{best} {medians[best]:.2f}",
+            ]  # fmt: skip
+            table.append(f"| {' | '.join(cells)} |")
+            label = " ".join(filter(None, (op, kind, dtype)))
+            picture.append(Line(label, ours, [r for got in others.values() for r in got]))
+    return table, picture
+
+
+def _device(result: Result) -> list[str]:
+    folder = f"bench/results/{result.path.name}"
+    heads = ("op", "dtype", "×", "shapes", "median", "from–to", "the best other")
+    return [
+        f"{_about(result)}: [every shape]({folder}/README.md)", "",
+        f"![Ratios by op]({folder}/{CHART})", "",
+        f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *_summary(result)[0], "",
+    ]  # fmt: skip
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What lies beside each device's files: its tables, and their picture."""
+    found = {}
+    for result in load_results(root):
+        if not result.rows:
+            continue
+        lines = [f"# {result.environment['device']}", "", _about(result), ""]
+        lines += [
+            "Written by `python -m fusedpeft.bench.readme`.",
+            "",
+            f"![Ratios by op]({CHART})",
+            "",
+        ]
+        for rows in result.rows.values():
+            lines += [*_table(rows[0]["op"], rows), ""]
+        found[result.path / "README.md"] = "\n".join(lines).strip() + "\n"
+        title = f"Ratios on {result.environment['device']}"
+        found[result.path / CHART] = ratios_svg(title, _summary(result)[1])
+    return found
 
 
 def measured(root: Path) -> str:
@@ -116,14 +183,14 @@ def main(argv: list[str] | None = None) -> int:
     path = root / "README.md"
     if not path.is_file():
         raise InputError(f"{path}: expected a README with the markers, found no file")
-    old = path.read_text()
-    new = rewrite(old, measured(root))
-    if args.check:
-        if new != old:
-            print("README.md: its table is out of date; run python -m fusedpeft.bench.readme")
-        return int(new != old)
-    path.write_text(new)
-    return 0
+    wanted = {path: rewrite(path.read_text(), measured(root))} | pages(root)
+    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text() != text]
+    for page in stale:
+        if args.check:
+            print(f"{page.relative_to(root)}: out of date; run python -m fusedpeft.bench.readme")
+        else:
+            page.write_text(wanted[page])
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -226,4 +226,6 @@ def test_the_predictions_quote_the_committed_table():
 def test_no_path_of_a_machine_and_no_badge(name):
     text = text_of(name)
     assert not re.search(r"(?<![\w.])/(home|root|work|tmp|Users)/", text)
-    assert "![" not in text and "shields.io" not in text
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert text.count("![") == len(pictures) and "shields.io" not in text
+    assert all((ROOT / picture).is_file() for picture in pictures)  # ours: no badge

@@ -1,6 +1,7 @@
 """The ledger's states, in a small checkout of its own, and the README's table made from files."""
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
@@ -166,20 +167,30 @@ PAGE = f"# Title\n\n{readme.BEGIN}\nold\n{readme.END}\ntail\n"
 def test_readme_table_comes_from_the_files_alone(root, capsys):
     peers = [ROW | {"impl": "peft", "ratio": 1.31}, ROW | {"impl": "reference", "ratio": 1.2}]
     floor = ROW | {"impl": "frozen", "ratio": 1.0}
-    gpu_run(root, rows=[ROW, *peers, floor, ROW | {"case": "fwd M16", "ratio": 0.9}])
+    ours = ROW | {"impl": "accelerated", "ratio": 0.5}  # no peer
+    out = gpu_run(root, rows=[ROW, *peers, ours, floor, ROW | {"case": "fwd M16", "ratio": 0.93}])
     (root / "README.md").write_text(PAGE)
     assert readme.main(["--root", str(root), "--check"]) == 1
     assert (root / "README.md").read_text() == PAGE
     assert readme.main(["--root", str(root)]) == 0
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n") and text.endswith("tail\n") and "old" not in text
-    heads = "| toy | dtype | µs | × frozen | peft × frozen | reference × frozen | % of ceiling |"
-    assert heads in text
-    assert "| fwd M8 | bf16 | 12.5 | **1.03** | 1.31 | 1.20 | 81 |" in text
-    assert "1 further shapes of toy: median 0.90 × frozen, worst 0.90 × (fwd M16, bf16)" in text
+    assert "| toy fwd | bf16 | frozen | 2 | **0.98** | 0.93–1.03 | reference 1.20 |" in text
     assert "commit abc1234" in text and "driver 1.2" in text
     assert "verified on GPU X at abc1234: `kernels/toy.py`" in text
+    tables = (out / "README.md").read_text()
+    heads = "| toy | dtype | µs | × frozen | peft × frozen | reference × frozen | accelerated × fro"
+    assert heads in tables
+    assert "| fwd M8 | bf16 | 12.5 | **1.03** | 1.31 | 1.20 | 0.50 | 81 |" in tables
+    assert "1 further shapes of toy: median 0.93 × frozen, worst 0.93 × (fwd M16, bf16)" in tables
     assert readme.main(["--root", str(root), "--check"]) == 0
+    picture = out / readme.CHART
+    dots = ElementTree.parse(picture).findall(".//{*}circle")
+    assert len(dots) == 2 + 2 + 2  # the legend, ours, the peers
+    picture.write_text("old")
+    assert readme.main(["--root", str(root), "--check"]) == 1
+    assert "bench/results/gpu-x/ratios.svg: out of date" in capsys.readouterr().out
+    assert picture.read_text() == "old"
 
 
 def test_readme_says_when_there_is_nothing(root):
