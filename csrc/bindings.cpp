@@ -111,6 +111,32 @@ void adapter_decode_one(Address x, Address residual, Address y, Address down, Ad
                        adapter_dtype});
 }
 
+// of_weights: D, c, U, e, the norm's weight and bias. Of the gradients: dx, then theirs.
+void adapter_train(Address x, Address residual, const std::array<Address, 6>& of_weights, Address y,
+                   Address p, Address stats, int64_t m, int64_t d, int64_t e, double scale, double eps,
+                   int norm, int activation, int dtype, int adapter_dtype, Address dy,
+                   const std::array<Address, 7>& gradients, Address work, bool add_dy) {
+  check_matrix("x", x, m, d, d);
+  check_matrix("down", of_weights[0], e, d, d);
+  check_matrix("up", of_weights[2], d, e, e);
+  check_matrix("p", p, m, e, e);
+  check_matrix("stats", stats, norm ? m : 0, 2, 2);
+  if (dy) {
+    check_matrix("work", work, 2 * m, e, e);
+  } else {
+    check_matrix("y", y, m, d, d);
+  }
+  const auto& w = of_weights;
+  const auto& g = gradients;
+  py::gil_scoped_release release;
+  cpu::adapter_train({pointer(x), pointer(residual), pointer(w[0]), pointer(w[1]), pointer(w[2]),
+                      pointer(w[3]), pointer(w[4]), pointer(w[5]), pointer(y), pointer(p),
+                      static_cast<float*>(pointer(stats)), m, d, e, static_cast<float>(scale),
+                      static_cast<float>(eps), norm, activation, dtype, adapter_dtype, pointer(dy),
+                      pointer(g[0]), pointer(g[1]), pointer(g[2]), pointer(g[3]), pointer(g[4]),
+                      pointer(g[5]), pointer(g[6]), static_cast<float*>(pointer(work)), add_dy});
+}
+
 using Strides = std::array<int64_t, 3>;  // of the first three dims; the last has stride 1
 
 void check_keys(const char* name, Address address, const Strides& strides) {
@@ -285,6 +311,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("lora_decode", &lora_decode, "y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ on a CPU, for few rows.");
   m.def("adapter_decode", &adapter_decode,
         "y = residual + scale · (act(norm(x) Dᵀ + c) Uᵀ + e) on a CPU, for few rows.");
+  m.def("adapter_train", &adapter_train,
+        "One adapter for many rows, forward and backward: see pyext/ops/adapter_native.py.");
   m.def("adapter_decode_one", &adapter_decode_one, "As adapter_decode, one adapter for all rows.");
   m.def("multi_lora", &multi_lora,
         "y = x Wᵀ + bias on a CPU, and of each row its own slot's scale · B (A x).");

@@ -25,6 +25,7 @@ inline F half(const Float16* p) {
 }  // namespace fusedpeft::cpu
 
 #include "adapter_decode.h"
+#include "adapter_train.h"
 #include "decode.h"
 #include "dropout.h"
 #include "multi_lora.h"
@@ -33,6 +34,7 @@ inline F half(const Float16* p) {
 namespace fusedpeft::cpu::avx2 {
 
 void adapters(const Adapters& a) { adapters_any(a); }
+void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
 void decode(const Decode& d) { decode_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }

@@ -6,6 +6,7 @@
 
 #include "avx512.h"
 #include "adapter_decode.h"
+#include "adapter_train.h"
 #include "decode.h"
 #include "dropout.h"
 #include "multi_lora.h"
@@ -14,6 +15,7 @@
 namespace fusedpeft::cpu::avx512 {
 
 void adapters(const Adapters& a) { adapters_any(a); }
+void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
 void decode(const Decode& d) { decode_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }

@@ -42,6 +42,29 @@ struct Adapters {
 // Throws std::invalid_argument for other codes, sizes or slots, before anything is written.
 void adapter_decode(Adapters a);
 
+// One adapter for many tokens, y[m,d] as above; p[m,e] is x D^T + c, kept for the gradients, and
+// stats[m,2] are the norm's mean and 1 / deviation. With dy the gradients instead, where they are not
+// null: dx of the adapter's path, with add_dy dy in it, and of each weight as it is laid out.
+// Everything is contiguous; x, residual, y, dy and dx are of dtype, weights, p and their gradients of
+// adapter_dtype.
+struct AdapterTrain {
+  const void *x, *residual;  // residual null: none
+  const void *down, *down_bias, *up, *up_bias, *norm_weight, *norm_bias;
+  void *y, *p;
+  float* stats;
+  int64_t m, d, e;
+  float scale, eps;
+  int norm, activation, dtype, adapter_dtype;
+  // Backward
+  const void* dy;  // null: forward
+  void *dx, *ddown, *ddown_bias, *dup, *dup_bias, *dnorm_weight, *dnorm_bias;
+  float* work;  // [2, m, e rounded up to 16]
+  bool add_dy;
+};
+
+// Throws std::invalid_argument for other codes or sizes, before anything is written.
+void adapter_train(const AdapterTrain& a);
+
 // y[m,n] = x[m,k] w[n,k]^T + bias[n], and of each row its own adapter's scale * B (A x): that of
 // slots[m] (-1: none), part by part of n. The adapters lie as LoRASlots says (pyext/ops/slots.py).
 struct LoraSlots {

@@ -21,6 +21,7 @@ struct Level {
   void (*dropout)(const Dropout&);
   void (*prefix_decode)(const PrefixDecode&);
   void (*multi_lora)(const MultiLora&);
+  void (*adapter_train)(const AdapterTrain&);
 };
 
 #if defined(__x86_64__)
@@ -53,15 +54,15 @@ const Level* levels(int* count) {
   static const bool tiles = bf16 && amx::here();
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_tiles},
+       multi_lora_in_tiles, avx512::adapter_train},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_bf16},
+       multi_lora_in_bf16, avx512::adapter_train},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
-       avx512::multi_lora},
+       avx512::multi_lora, avx512::adapter_train},
       {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
-       avx2::multi_lora},
+       avx2::multi_lora, avx2::adapter_train},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
-       portable::prefix_decode, portable::multi_lora}};
+       portable::prefix_decode, portable::multi_lora, portable::adapter_train}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
                                portable::dropout, portable::prefix_decode, portable::multi_lora}};
@@ -164,6 +165,19 @@ void adapter_decode(Adapters a) {
     a.y = static_cast<char*>(a.y) + a.m * a.sy * bytes;
     if (a.slots) a.slots += a.m;
   }
+}
+
+void adapter_train(const AdapterTrain& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", a.adapter_dtype);
+  check(a.norm >= kNoNorm && a.norm <= kRmsNorm, "norm: expected 0, 1 or 2", a.norm);
+  check(a.activation >= kRelu && a.activation <= kLeakyRelu, "activation: expected 0..5",
+        a.activation);
+  check(a.m >= 0, "m: expected >= 0", a.m);
+  check(a.d >= 1, "d: expected >= 1", a.d);
+  check(a.e >= 1, "e: expected >= 1", a.e);
+  level().adapter_train(a);
 }
 
 void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,

@@ -96,6 +96,7 @@ struct PrefixDecode {
 
 namespace portable {
 void adapters(const Adapters& a);
+void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
@@ -104,6 +105,7 @@ void prefix_decode(const PrefixDecode& d);
 #if defined(__x86_64__)
 namespace avx2 {
 void adapters(const Adapters& a);
+void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
@@ -111,6 +113,7 @@ void prefix_decode(const PrefixDecode& d);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
+void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);

@@ -10,35 +10,13 @@
 // Queries, records and gathered keys are in the order of Wide<E>'s blocks, padded with zeros.
 #pragma once
 
-#include "products.h"
+#include "functions.h"
 
 namespace fusedpeft::cpu {
 namespace {
 
 constexpr int kTile = 32;  // keys whose scores stand at a time; a multiple of kWidth
 constexpr float kLowest = -__builtin_inff();
-
-FUSEDPEFT_INLINE F all(float v) { return F{} + v; }
-FUSEDPEFT_INLINE F at(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
-FUSEDPEFT_INLINE void put(F v, float* p) { *reinterpret_cast<UnalignedF*>(p) = v; }
-
-// e^x for x <= 0 to two units in the last place, 0 below -87; NaN stays. (Cephes, expf.)
-FUSEDPEFT_INLINE F exp_of(F x) {
-  const F low = all(-87.0f), shift = all(0x1.8p23f);  // adding it rounds to a whole number
-  const F in = x < low ? low : x;
-  const F shifted = fma(in, all(1.44269504f), shift), n = shifted - shift;
-  const F r = fma(n, all(2.12194440e-4f), fma(n, all(-0.693359375f), in));
-  F p = all(1.9875691500e-4f);
-  p = fma(p, r, all(1.3981999507e-3f));
-  p = fma(p, r, all(8.3334519073e-3f));
-  p = fma(p, r, all(4.1665795894e-2f));
-  p = fma(p, r, all(1.6666665459e-1f));
-  p = fma(p, r, all(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
-  const U power = (reinterpret_cast<U>(shifted) << 23) + 0x3f800000u;
-  return x < low ? F{} : p * reinterpret_cast<F>(power);
-}
-FUSEDPEFT_INLINE float exp_of(float x) { return exp_of(all(x))[0]; }
 
 // Lane i: the sum of v[i]. At each step a pair of vectors becomes one that holds half of each.
 FUSEDPEFT_INLINE F lane_sums(F (&v)[kWidth]) {

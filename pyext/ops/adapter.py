@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, stats_dtype
+from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, has_products, stats_dtype
 from fusedpeft.ops.adapter_checks import check
-from fusedpeft.ops.adapter_native import MAX_CPU_TOKENS, one_fwd, one_ok
+from fusedpeft.ops.adapter_native import one_fwd, one_ok, train_bwd, train_fwd
 from fusedpeft.ops.dropout import as_seed, dropout_ref
+from fusedpeft.ops.native import native
 
 
 def _norm(x: Tensor, norm: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -48,15 +49,29 @@ def bottleneck_adapter_ref(
     return y.to(x.dtype)
 
 
-def choose_impl(device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(implementation, why) that `bottleneck_adapter` takes by itself. Pure; `doctor` prints it."""
+def choose_impl(
+    device_type: str,
+    dtype: torch.dtype,
+    dropout: bool = False,
+    cpu_half: bool | None = None,
+    products: bool | None = None,
+) -> tuple[str, str]:
+    """(implementation, why) that `bottleneck_adapter` takes by itself; `doctor` prints it. Pure but
+    for cpu_half of fusedpeft._C, by default as it is built, and for whether the CPU has products of
+    dtype, by default this one."""
     if device_type == "cuda" and dtype != torch.float64:
         return "triton", "CUDA tensors take the Triton kernels: any E, wide ones a kernel a product"
     if device_type == "cuda":
         return "aten", "the Triton kernels sum in fp32: fp64 takes ATen's products"
-    if device_type == "cpu":
-        return "aten", f"products of ATen's; up to {MAX_CPU_TOKENS} rows without gradients: C++"
-    return "aten", f"no kernel of ours for device '{device_type}': ATen's products"
+    if device_type != "cpu":
+        return "aten", f"no kernel of ours for device '{device_type}': ATen's products"
+    if dtype == torch.float64 or dropout:
+        return "aten", "the C++ kernel knows neither fp64 nor dropout: ATen's products"
+    if not (native is not None if cpu_half is None else cpu_half):
+        return "aten", "fusedpeft._C is not built: ATen's products"
+    if dtype != torch.float32 and (has_products(dtype) if products is None else products):
+        return "aten", f"this CPU has products of {dtype}, the C++ kernel sums in fp32: ATen's"
+    return "native", "C++: x is read once, both products run on it in the cache"
 
 
 # --- custom ops ---------------------------------------------------------------------------------
@@ -75,28 +90,30 @@ _lib.define(
 )
 
 
-def _use_triton(x: Tensor, impl: str) -> bool:
-    return (impl or choose_impl(x.device.type, x.dtype)[0]) == "triton"
+def _impl(x: Tensor, impl: str, dropout_p: float) -> str:
+    return impl or choose_impl(x.device.type, x.dtype, dropout_p > 0.0)[0]
 
 
 def _forward(x, *args) -> tuple[Tensor, Tensor, Tensor]:
     """(y [M, d], P [M, E] in the adapter's dtype, row statistics [M, 2] or empty)."""
     *args, impl = args
-    if _use_triton(x, impl):
+    impl = _impl(x, impl, args[-2])
+    if impl == "triton":
         from fusedpeft.kernels.adapter import adapter_fwd
 
         return adapter_fwd(x, *args)
-    return aten_fwd(x, *args)
+    return (train_fwd if impl == "native" else aten_fwd)(x, *args)
 
 
 def _backward(dy, *args) -> tuple[Tensor, ...]:
     """Gradients of (x, D, c, U, e, γ, β), each in its parameter's dtype; empty where not needed."""
     *args, impl = args
-    if _use_triton(dy, impl):
+    impl = _impl(dy, impl, args[-3])
+    if impl == "triton":
         from fusedpeft.kernels.adapter import adapter_bwd
 
         return adapter_bwd(dy, *args)
-    return aten_bwd(dy, *args)
+    return (train_bwd if impl == "native" else aten_bwd)(dy, *args)
 
 
 _lib.impl("bottleneck_adapter", _forward, "CompositeExplicitAutograd")
@@ -204,9 +221,9 @@ def bottleneck_adapter(
     it is torch's own norm on top of the op.
     dropout_p drops elements of the up-projection's output, as in AdapterHub; the mask comes from
     `seed` (int, int64 tensor of one element, or None: torch's generator), again in backward.
-    impl: None chooses by device (`fusedpeft doctor` shows it), and C++ for up to 32 contiguous rows
-    on a CPU, without gradients and dropout; "aten" and "triton" force one. The
-    Triton kernels cast an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
+    impl: None chooses by device, dtype and dropout (`fusedpeft doctor` shows it), and for up to 32
+    rows without gradients a C++ kernel of their own; "native" (C++), "aten" and "triton" force
+    one. The Triton kernels cast an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
 
     Saved for backward: x, P [M, E] in the adapter's dtype, and 8 bytes a row with a norm before
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected

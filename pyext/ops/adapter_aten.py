@@ -34,6 +34,14 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
+def has_products(dtype: torch.dtype) -> bool:
+    """Whether this CPU has products of 16-bit numbers in that dtype."""
+    mkldnn = torch.ops.mkldnn
+    if dtype == torch.bfloat16:
+        return mkldnn._is_mkldnn_bf16_supported()
+    return mkldnn._is_mkldnn_fp16_supported()
+
+
 def _compute_dtype(x: Tensor, w: Tensor, norm: str) -> torch.dtype:
     """What the products run in. A CPU without 16-bit products is several times faster in fp32."""
     dtype = torch.promote_types(x.dtype, w.dtype)
@@ -41,11 +49,8 @@ def _compute_dtype(x: Tensor, w: Tensor, norm: str) -> torch.dtype:
         return dtype
     if norm and not (norm == "layer_norm" and x.device.type == "cpu"):
         return torch.float32  # x − μ is not rounded
-    if x.device.type == "cpu":
-        bf16 = dtype == torch.bfloat16
-        mkldnn = torch.ops.mkldnn
-        if not (mkldnn._is_mkldnn_bf16_supported if bf16 else mkldnn._is_mkldnn_fp16_supported)():
-            return torch.float32
+    if x.device.type == "cpu" and not has_products(dtype):
+        return torch.float32
     return dtype
 
 

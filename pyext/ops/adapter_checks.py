@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fusedpeft.ops.adapter_aten import ACTIVATIONS
-from fusedpeft.ops.native import DTYPE_CODES
+from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import RANK_STEP, AdapterSlots
 
 NORMS = ("layer_norm", "rms_norm")
 POSITIONS = ("before", "after")
-_IMPLS = ("aten", "triton")
+_IMPLS = ("native", "aten", "triton")
 
 
 def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, norm, position,
@@ -58,8 +58,16 @@ def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, n
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
     if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl: expected one of {_IMPLS} or None, got {impl!r}")
-    if impl == "triton" and x.dtype == torch.float64:
-        raise TypeError("impl='triton': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
+    if impl == "native" and (native is None or not x.is_cpu or dropout_p > 0.0):
+        why = "dropout" if dropout_p > 0.0 else f"{x.device}"
+        raise ValueError(
+            "impl='native': expected fusedpeft._C, CPU tensors and no dropout, got "
+            + ("no fusedpeft._C" if native is None else why)
+        )
+    if impl in ("native", "triton") and x.dtype == torch.float64:
+        raise TypeError(
+            f"impl={impl!r}: expected fp32, bf16 or fp16, got torch.float64; use 'aten'"
+        )
 
 
 def _check_names(activation, norm, position, norm_w, norm_b) -> None:

@@ -1,11 +1,12 @@
-"""Bottleneck adapters for few rows in C++ on a CPU and in CUDA C++ on a GPU: what multi_adapter.py
-and, on a CPU, adapter.py call."""
+"""Bottleneck adapters in C++ on a CPU, for few rows and for many with their gradients, and for few
+rows in CUDA C++ on a GPU: what multi_adapter.py and, on a CPU, adapter.py call."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.adapter_aten import aten_bwd
 from fusedpeft.ops.lora_check import PLAIN
 from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import AdapterSlots, check_slots
@@ -16,7 +17,7 @@ ACTIVATION_CODES = {
     "relu": 0, "gelu": 1, "gelu_tanh": 2, "gelu_new": 2, "silu": 3, "swish": 3, "tanh": 4,
     "leaky_relu": 5,
 }  # fmt: skip
-MAX_CPU_TOKENS = 32  # rows of one adapter; beyond, ATen's products are ahead
+MAX_CPU_TOKENS = 32  # rows of one adapter; beyond, blocks of rows are ahead
 MAX_CUDA_TOKENS, MAX_CUDA_SIZE = 256, 2048  # rows and E; as in csrc/cuda/adapter_decode.h
 
 
@@ -125,6 +126,58 @@ def one_fwd(x, tensors, activation, norm, scale: float, eps: float) -> Tensor:
         ACTIVATION_CODES[activation], DTYPE_CODES[x.dtype], DTYPE_CODES[down_w.dtype],
     )  # fmt: skip
     return y
+
+
+def train_fwd(
+    x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, seed,
+    activation: str, norm: str, eps: float, scale: float, dropout_p: float, add_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `aten_fwd`, without dropout."""
+    (m, d), e = x.shape, down_w.shape[0]
+    x = x.contiguous()
+    residual = x if add_x else None if residual is None else residual.contiguous()
+    weights = [_dense(t) for t in (down_w, down_b, up_w, up_b, norm_w, norm_b)]
+    y, p = torch.empty_like(x), down_w.new_empty(m, e)
+    stats = x.new_empty((m if norm else 0, 2), dtype=torch.float32)
+    torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
+    native.adapter_train(
+        x.data_ptr(), _address(residual), [*map(_address, weights)], y.data_ptr(), p.data_ptr(),
+        stats.data_ptr(), m, d, e, scale, eps, NORM_CODES[norm], ACTIVATION_CODES[activation],
+        DTYPE_CODES[x.dtype], DTYPE_CODES[p.dtype], 0, [0] * 7, 0, False,
+    )  # fmt: skip
+    return y, p, stats
+
+
+def train_bwd(
+    dy, x, down_w, down_b, up_w, norm_w, norm_b, p, stats, seed,
+    activation: str, norm: str, scale: float, dropout_p: float, add_x: bool, need: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """As `aten_bwd`, without dropout."""
+    if not p.shape[0]:  # no rows, or nothing is needed that P says: the bias' sum
+        args = (dy, x, down_w, down_b, up_w, norm_w, norm_b, p, stats, seed, activation, norm)
+        return aten_bwd(*args, scale, dropout_p, add_x, need)
+    (m, d), e = dy.shape, down_w.shape[0]
+    dy, x = dy.contiguous(), x.contiguous()
+    weights = [_dense(t) for t in (down_w, down_b, up_w, None, norm_w, norm_b)]
+    shapes = ((m, d), (e, d), (e,), (d, e), (d,), (d,), (d,))
+    grads = [
+        (down_w if i else dy).new_empty(shape if needed else 0)
+        for i, (shape, needed) in enumerate(zip(shapes, need, strict=True))
+    ]
+    work = dy.new_empty((2, m, -(-e // 16) * 16), dtype=torch.float32)
+    torch.get_num_threads()
+    native.adapter_train(
+        (x if x.numel() else dy).data_ptr(), 0, [*map(_address, weights)], 0, p.data_ptr(),
+        stats.data_ptr(), m, d, e, scale, 0.0, NORM_CODES[norm], ACTIVATION_CODES[activation],
+        DTYPE_CODES[dy.dtype], DTYPE_CODES[p.dtype], dy.data_ptr(),
+        [g.data_ptr() if needed else 0 for g, needed in zip(grads, need, strict=True)],
+        work.data_ptr(), add_x,
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.contiguous()
 
 
 def cuda_takes(tokens: int, max_size: int) -> bool:

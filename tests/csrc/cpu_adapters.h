@@ -62,6 +62,72 @@ void adapt(int64_t m, int64_t d, int norm, int activation, int dtype, int adapte
   }
 }
 
+double gelu(double p) { return p * std::erfc(-p * std::sqrt(0.5)) / 2; }
+
+// Forward and backward of one adapter; that it reads and writes within bounds, and dx against
+// differences of y.
+void train(int64_t m, int64_t d, int64_t e, int norm, int dtype, int adapter, bool needed) {
+  std::mt19937 random(static_cast<unsigned>(m * 31 + d * 7 + e));
+  Matrix x(m, d, 0, dtype), dy(m, d, 0, dtype), y(m, d, 0, dtype), dx(m, d, 0, dtype),
+      down(e, d, 0, adapter), c(1, e, 0, adapter), up(d, e, 0, adapter), b(1, d, 0, adapter),
+      w(1, d, 0, adapter), p(m, e, 0, adapter), ddown(e, d, 0, adapter), dc(1, e, 0, adapter),
+      dup(d, e, 0, adapter), db(1, d, 0, adapter), dw(1, d, 0, adapter), dnb(1, d, 0, adapter);
+  for (Matrix* t : {&x, &dy, &down, &c, &up, &b, &w}) t->fill(random);
+  std::vector<float> stats(2 * m), work(2 * m * ((e + 15) / 16 * 16));
+  AdapterTrain a = {};
+  a.x = a.residual = x.bytes.get(), a.y = y.bytes.get(), a.p = p.bytes.get(), a.stats = stats.data();
+  a.down = down.bytes.get(), a.down_bias = c.bytes.get();
+  a.up = up.bytes.get(), a.up_bias = b.bytes.get();
+  a.norm_weight = norm ? w.bytes.get() : nullptr;
+  a.norm_bias = norm == kLayerNorm ? b.bytes.get() : nullptr;
+  a.m = m, a.d = d, a.e = e, a.scale = 0.5f, a.eps = 0.01f;
+  a.norm = norm, a.activation = kGelu, a.dtype = dtype, a.adapter_dtype = adapter;
+  adapter_train(a);
+  a.dy = dy.bytes.get(), a.dx = dx.bytes.get(), a.work = work.data(), a.add_dy = true;
+  if (needed) {
+    a.ddown = ddown.bytes.get(), a.ddown_bias = dc.bytes.get();
+    a.dup = dup.bytes.get(), a.dup_bias = db.bytes.get();
+    a.dnorm_weight = norm ? dw.bytes.get() : nullptr;
+    a.dnorm_bias = norm == kLayerNorm ? dnb.bytes.get() : nullptr;
+  }
+  adapter_train(a);
+  for (int64_t i = 0; i < m; i += 7) {
+    const auto value = [&](double step) {  // of dy y, where x[i] has moved by step * direction
+      double mean = 0, square = 0, total = 0;
+      const auto at = [&](int64_t j) { return x(i, j) + step * ((j * 5 + 1) % 3 - 1.0); };
+      for (int64_t j = 0; j < d; ++j) mean += norm == kLayerNorm ? at(j) / d : 0;
+      for (int64_t j = 0; j < d; ++j) square += (at(j) - mean) * (at(j) - mean) / d;
+      std::vector<double> h(e);
+      for (int64_t r = 0; r < e; ++r) {
+        double sum = c(0, r);
+        for (int64_t j = 0; j < d; ++j) {
+          double v = at(j);
+          if (norm) v = (v - mean) / std::sqrt(square + a.eps) * w(0, j);
+          if (norm == kLayerNorm) v += b(0, j);
+          sum += v * down(r, j);
+        }
+        h[r] = gelu(sum);
+      }
+      for (int64_t j = 0; j < d; ++j) {
+        double u = b(0, j);
+        for (int64_t r = 0; r < e; ++r) u += h[r] * up(j, r);
+        total += dy(i, j) * (at(j) + a.scale * u);
+      }
+      return total;
+    };
+    double got = 0, size = 1;
+    for (int64_t j = 0; j < d; ++j) {
+      const double term = dx(i, j) * ((j * 5 + 1) % 3 - 1.0);
+      got += term, size += std::fabs(term);
+    }
+    const double want = (value(1e-4) - value(-1e-4)) / 2e-4;
+    const double slack = (dtype || adapter ? 2e-2 : 2e-5) * size;  // P is kept in the adapter's dtype
+    if (!(std::fabs(got - want) <= slack) && failures++ < 5)
+      std::printf("train m %ld d %ld e %ld norm %d dtype %d/%d: row %ld expected %g, got %g\n", m, d,
+                  e, norm, dtype, adapter, i, want, got);
+  }
+}
+
 bool refuses_slot(int32_t slot, int32_t size) {
   float v[64] = {}, scale = 1;
   try {
@@ -81,6 +147,11 @@ void adapters() {
     for (int norm : {kLayerNorm, kRmsNorm})
       for (int64_t d : {1, 16, 77}) adapt(7, d, norm, kTanh, dtype, adapter, true);
     for (int act : {kGelu, kGeluTanh, kSilu, kLeakyRelu}) adapt(5, 33, 0, act, dtype, adapter, true);
+    for (int norm : {kNoNorm, kLayerNorm, kRmsNorm}) {
+      train(1, 5, 1, norm, dtype, adapter, true);
+      train(29, 50, 7, norm, dtype, adapter, true);
+      train(150, 101, 65, norm, dtype, adapter, norm != kRmsNorm);
+    }
     adapt(33, 1300, kLayerNorm, kGelu, dtype, adapter, true);  // several threads
     adapt(64, 1300, kNoNorm, kRelu, dtype, adapter, false);
   }

@@ -21,6 +21,7 @@ F half(const Float16* p);
 }  // namespace fusedpeft::cpu
 
 #include "cpu/adapter_decode.h"
+#include "cpu/adapter_train.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
 #include "cpu/multi_lora.h"
@@ -120,6 +121,7 @@ void adapters(const Adapters& a) {
   if (a.dtype != kBFloat16 || a.adapter_dtype != kBFloat16 || a.norm) return adapters_any(a);
   return AdapterCall<BFloat16, BFloat16, Pairs>(a).run();
 }
+void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
 void decode(const Decode& d) {
   if (d.dtype != kBFloat16) return decode_any(d);
   if (fit_tiles(d)) return decode_in_tiles<Pairs>(d);

@@ -52,14 +52,15 @@ def grads(fn, t, dy, dtype=None, **kw):
 def compare(check, t, **kw):
     dy = torch.randn(t["x"].shape, generator=torch.Generator().manual_seed(1)).to(t["x"].dtype)
     kw["seed"] = torch.tensor([42])
-    got = grads(ops.bottleneck_adapter, t, dy, **kw)
     low = grads(ops.bottleneck_adapter_ref, t, dy, **kw)
     ref = grads(ops.bottleneck_adapter_ref, t, dy, torch.float64, **kw)
-    check("y", got[0], low[0], ref[0])
-    assert got[1].keys() == low[1].keys()
-    for name, g in got[1].items():
-        assert g.dtype == t[name].dtype and g.shape == t[name].shape, name
-        check(f"d {name}", g, low[1][name], ref[1][name])
+    for impl in ("aten",) if native is None or kw.get("dropout_p") else ("aten", "native"):
+        got = grads(ops.bottleneck_adapter, t, dy, impl=impl, **kw)
+        check(f"{impl}: y", got[0], low[0], ref[0])
+        assert got[1].keys() == low[1].keys()
+        for name, g in got[1].items():
+            assert g.dtype == t[name].dtype and g.shape == t[name].shape, name
+            check(f"{impl}: d {name}", g, low[1][name], ref[1][name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,9 +93,11 @@ def test_norms(check_accuracy, norm, residual, position, dtype):
 @pytest.mark.parametrize("residual", ["other", "x", None])
 @pytest.mark.parametrize("norm", NORMS)
 def test_few_rows_without_gradients(check_accuracy, monkeypatch, norm, residual, dtype, adapter):
-    """The C++ kernel, up to the number of rows from which on ATen answers."""
+    """The C++ kernel for them, up to the number of rows from which on others answer."""
     calls, one, spec = [], native.adapter_decode_one, ops.bottleneck_adapter_ref
-    counted = SimpleNamespace(adapter_decode_one=lambda *a: (calls.append(1), one(*a)))
+    counted = SimpleNamespace(
+        adapter_decode_one=lambda *a: (calls.append(1), one(*a)), adapter_train=native.adapter_train
+    )
     monkeypatch.setattr(adapter_native, "native", counted)
     for m, d, e in ((1, 64, 8), (5, 129, 12), (32, 96, 1), (33, 96, 40)):
         t = make(m, d, e, dtype, adapter=adapter, bias=m > 1, norm=norm, residual=residual)
@@ -264,8 +267,49 @@ def test_empty_input(norm):
 
 def test_what_each_device_takes():
     assert choose_impl("cuda", torch.bfloat16)[0] == "triton"
-    for device, dtype in (("cuda", torch.float64), ("cpu", torch.bfloat16), ("xpu", torch.half)):
+    for device, dtype in (("cuda", torch.float64), ("cpu", torch.float64), ("xpu", torch.half)):
         assert choose_impl(device, dtype)[0] == "aten"
+    on_cpu = dict(cpu_half=True, products=True)
+    assert choose_impl("cpu", torch.float32, **on_cpu)[0] == "native"
+    assert choose_impl("cpu", torch.float32, dropout=True, **on_cpu)[0] == "aten"
+    assert choose_impl("cpu", torch.float32, cpu_half=False)[0] == "aten"
+    assert choose_impl("cpu", torch.bfloat16, **on_cpu)[0] == "aten"
+    assert choose_impl("cpu", torch.bfloat16, cpu_half=True, products=False)[0] == "native"
+
+
+@pytest.mark.skipif(native is None, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_bits_do_not_depend_on_threads(norm, dtype):
+    t = make(300, 203, 21, dtype, norm=norm, residual="x")
+    dy, threads, found = torch.randn_like(t["x"]), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            y, of = grads(
+                ops.bottleneck_adapter, t, dy, norm=norm, activation="gelu", impl="native"
+            )
+            found.append([y, *of.values()])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(native is None, reason="the extension is not built")
+@pytest.mark.parametrize("activation", sorted(adapter_native.ACTIVATION_CODES))
+def test_activations_over_all_of_their_range(activation):
+    """One number a row through the C++ kernel: from where the tails are 0 to where they are 1."""
+    x = torch.cat((torch.linspace(-20, 20, 4001), torch.tensor([1e-8, -1e-8, 1e4, -1e4])))[:, None]
+    one, none = torch.ones(1, 1), torch.zeros(1)
+    x.requires_grad_()
+    y = ops.bottleneck_adapter(x, one, none, one, none, activation=activation, impl="native")
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    wide = x.detach().double().requires_grad_()
+    want = ACTIVATIONS[activation][0](wide)
+    (slope,) = torch.autograd.grad(want.sum(), wide)
+    torch.testing.assert_close(y.double(), want, rtol=1e-6, atol=3e-7)
+    torch.testing.assert_close(dx.double(), slope, rtol=1e-6, atol=1e-6)
 
 
 X, D, C, U, E = WIDTH_8 = [torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2), (8,))]
@@ -296,6 +340,8 @@ X, D, C, U, E = WIDTH_8 = [torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2)
         ((X, D, C, U, E), {"dropout_p": 1.0}, ValueError, r"0 <= p < 1, got 1.0"),
         ((X, D, C, U, E), {"impl": "cuda"}, ValueError, r"impl: expected one of .*got 'cuda'"),
         ([t.double() for t in WIDTH_8], {"impl": "triton"}, TypeError, r"fp16, got torch.float64"),
+        ([t.double() for t in WIDTH_8], {"impl": "native"}, TypeError, r"fp16, got torch.float64"),
+        (WIDTH_8, {"impl": "native", "dropout_p": 0.1}, ValueError, r"no dropout, got dropout"),
     ],
 )  # fmt: skip
 def test_bad_input(args, kwargs, error, message):
