@@ -223,7 +223,7 @@ def bottleneck_adapter(
     `seed` (int, int64 tensor of one element, or None: torch's generator), again in backward.
     impl: None chooses by device, dtype and dropout (`fusedpeft doctor` shows it), and for up to 32
     rows without gradients a C++ kernel of their own; "native" (C++), "aten" and "triton" force
-    one. The Triton kernels cast an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
+    one. Triton casts an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
 
     Saved for backward: x, P [M, E] in the adapter's dtype, and 8 bytes a row with a norm before
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected
