@@ -19,21 +19,22 @@ void decode(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, int adapter, 
               bias ? c.bytes.get() : nullptr, y.bytes.get(), m, k, n, r, x.stride, w.stride,
               a.stride, b.stride, y.stride, 0.25, dtype, adapter);
   const double step = step_of(dtype);
-  for (int64_t i = 0; i < m; ++i)
+  for (int64_t i = 0; i < m; ++i) {
+    std::vector<double> s(static_cast<size_t>(r));
+    for (int64_t q = 0; q < r; ++q)
+      for (int64_t l = 0; l < k; ++l) s[static_cast<size_t>(q)] += x(i, l) * a(q, l);
     for (int64_t j = 0; j < n; ++j) {
       double want = bias ? c(0, j) : 0.0, size = std::fabs(want);
-      for (int64_t l = 0; l < k; ++l) want += x(i, l) * w(j, l), size += std::fabs(x(i, l) * w(j, l));
-      for (int64_t q = 0; q < r; ++q) {
-        double s = 0;
-        for (int64_t l = 0; l < k; ++l) s += x(i, l) * a(q, l);
-        want += 0.25 * s * b(j, q), size += std::fabs(0.25 * s * b(j, q));
-      }
+      const auto add = [&](double term) { want += term, size += std::fabs(term); };
+      for (int64_t l = 0; l < k; ++l) add(x(i, l) * w(j, l));
+      for (int64_t q = 0; q < r; ++q) add(0.25 * s[static_cast<size_t>(q)] * b(j, q));
       if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 1e-6 * size)) {
         if (failures++ < 5)
           std::printf("m %ld k %ld n %ld r %ld dtype %d/%d: y[%ld,%ld] expected %g, got %g\n", m, k,
                       n, r, dtype, adapter, i, j, want, y(i, j));
       }
     }
+  }
   for (int64_t i = 0; i + 1 < m; ++i)
     for (int64_t j = n; j < y.stride; ++j)
       if (!std::isnan(y(i, j)) && failures++ < 5) std::printf("y[%ld,%ld] was overwritten\n", i, j);

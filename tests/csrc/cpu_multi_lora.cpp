@@ -80,8 +80,10 @@ void run(int64_t m, int64_t k, const std::vector<int64_t>& sizes, int dtype, int
       }
       for (int64_t j = 0; j < pool.sizes[static_cast<size_t>(part)]; ++j) {
         double want = bias ? c(0, first + j) : 0.0, size = std::fabs(want);
-        for (int64_t q = 0; q < k; ++q)
-          want += x(i, q) * w(first + j, q), size += std::fabs(x(i, q) * w(first + j, q));
+        for (int64_t q = 0; q < k; ++q) {
+          const double one = x(i, q) * w(first + j, q);
+          want += one, size += std::fabs(one);
+        }
         for (int64_t q = 0; q < r; ++q) {
           const double up = pool.scale[at] * pool.b(slot, first * kMaxRank + j * l + q);
           want += up * s[static_cast<size_t>(q)];
