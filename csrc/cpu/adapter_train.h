@@ -18,6 +18,7 @@ constexpr int kTileRows = kRegisters >= 32 ? 8 : 4, kTileVectors = 3;  // sums i
 constexpr int64_t kTileColumns = kTileVectors * kWidth;
 constexpr int64_t kBlockRows = 24;   // of x in the cache
 constexpr int64_t kPanel = 128;      // rows whose share of a column's sums is added at a time
+constexpr int64_t kPanels = 4;       // blocks of columns read at once: a few lines in a row
 constexpr int64_t kChain = 256;      // products that one chain of sums takes: longer ones round worse
 
 // --- rows in any dtype ------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ struct AdapterTrainCall {
 
   void allocate(int64_t threads) {
     const int64_t rows = kBlockRows * (sx + ep() + kTileColumns) + ep();
-    const int64_t columns = (2 * ep() + kPanel + 1) * kTileColumns + 2 * ep();
+    const int64_t columns = (kPanels * (2 * ep() + kPanel) + 1) * kTileColumns + 2 * ep();
     own_size = round_up(max_of(max_of(rows, columns), kWidth * (sx + ep())), kLine / 4);
     const int64_t shared = round_up(a.d * ep() + a.e * dp() + 2 * ep() + dp(), kLine / 4);
     float* memory = static_cast<float*>(
@@ -384,65 +385,83 @@ struct AdapterTrainCall {
 
   void by_columns(int64_t thread, int64_t team) const {
     float* dc = own + thread * own_size;  // [ep], before what a block of columns takes
+    const int64_t sums = ep() * kTileColumns, panels = kPanel * kTileColumns;  // of a block
     float* of_up = dc + ep();
-    float* of_down = of_up + ep() * kTileColumns;
-    float* panel = of_down + ep() * kTileColumns;
-    float* edge = panel + kPanel * kTileColumns;
-    const Rows grads[] = {{a.ddown, a.d, a.adapter_dtype}, {a.dup, a.e, a.adapter_dtype}};
+    float* of_down = of_up + kPanels * sums;
+    float* panel = of_down + kPanels * sums;
+    float* edge = panel + kPanels * panels;
     if (a.ddown_bias || a.dnorm_bias || (a.ddown && a.norm_bias)) bias_gradient(dc);
     if (a.ddown_bias && thread == 0) Rows{a.ddown_bias, a.e, a.adapter_dtype}.store(0, 0, dc, a.e);
     const bool up_side = a.dup || a.dup_bias, down_side = a.ddown || a.dnorm_weight || a.dnorm_bias;
-    for (int64_t i = of_d.blocks * thread / team; i < of_d.blocks * (thread + 1) / team; ++i) {
-      const int64_t begin = of_d.begin(i), width = of_d.width(i), n = min_of(width, a.d - begin);
-      F of_bias[kTileVectors] = {};
+    const int64_t end = of_d.blocks * (thread + 1) / team;
+    for (int64_t i = of_d.blocks * thread / team; i < end; i += kPanels) {
+      const int64_t count = min_of(kPanels, end - i);
+      F of_bias[kPanels][kTileVectors] = {};
       for (int64_t m = 0; m < a.m; m += kPanel) {
         const int64_t rows = min_of(kPanel, a.m - m);
         if (up_side) {
-          load_panel(y, m, rows, begin, n, width, panel);
-          if (a.dup) add_outer(of_h(m), panel, rows, width, of_up, m == 0);
-          for (int64_t v = 0; v < width / kWidth; ++v) {
-            F chain = {};
-            for (int64_t r = 0; r < rows; ++r) chain += at(panel + r * width + v * kWidth);
-            of_bias[v] += chain;
+          load_panels(y, m, rows, i, count, false, panel);
+          for (int64_t b = 0; b < count; ++b) {
+            const float* own = panel + b * panels;
+            const int64_t width = of_d.width(i + b);
+            if (a.dup) add_outer(of_h(m), own, rows, width, of_up + b * sums, m == 0);
+            for (int64_t v = 0; v < width / kWidth; ++v) {
+              F chain = {};
+              for (int64_t r = 0; r < rows; ++r) chain += at(own + r * width + v * kWidth);
+              of_bias[b][v] += chain;
+            }
           }
         }
         if (down_side) {
-          load_panel(x, m, rows, begin, n, width, panel);
-          if (a.norm != kNoNorm)
-            for (int64_t r = 0; r < rows; ++r) {
-              const float* stats = a.stats + 2 * (m + r);
-              for (int64_t v = r * width; v < (r + 1) * width; v += kWidth)
-                put((at(panel + v) - stats[0]) * stats[1], panel + v);
-            }
-          add_outer(of_dp(m), panel, rows, width, of_down, m == 0);
+          load_panels(x, m, rows, i, count, a.norm != kNoNorm, panel);
+          for (int64_t b = 0; b < count; ++b)
+            add_outer(of_dp(m), panel + b * panels, rows, of_d.width(i + b), of_down + b * sums,
+                      m == 0);
         }
       }
-      if (a.dup_bias) {
-        for (int64_t v = 0; v < width / kWidth; ++v) put(a.scale * of_bias[v], edge + v * kWidth);
-        Rows{a.dup_bias, a.d, a.adapter_dtype}.store(0, begin, edge, n);
-      }
-      if (a.dup)
-        for (int64_t j = 0; j < n; ++j) {
-          for (int64_t r = 0; r < a.e; ++r) edge[r] = of_up[r * kTileColumns + j];
-          grads[1].store(begin + j, 0, edge, a.e);
+      for (int64_t b = 0; b < count; ++b) {
+        const int64_t begin = of_d.begin(i + b), n = min_of(of_d.width(i + b), a.d - begin);
+        if (a.dup_bias) {
+          for (int64_t v = 0; v < kTileVectors; ++v) put(a.scale * of_bias[b][v], edge + v * kWidth);
+          Rows{a.dup_bias, a.d, a.adapter_dtype}.store(0, begin, edge, n);
         }
-      if (down_side) finish_down(begin, n, of_down, dc, grads[0], panel);
+        for (int64_t j = 0; a.dup && j < n; ++j) {
+          for (int64_t r = 0; r < a.e; ++r) edge[r] = of_up[b * sums + r * kTileColumns + j];
+          Rows{a.dup, a.e, a.adapter_dtype}.store(begin + j, 0, edge, a.e);
+        }
+        if (down_side) finish_down(begin, n, of_down + b * sums, dc, panel);
+      }
     }
   }
 
-  void load_panel(const Rows& from, int64_t m, int64_t rows, int64_t begin, int64_t n, int64_t width,
-                  float* panel) const {
+  // Rows m.. of blocks i.. of columns, each block's [rows, width] behind the other; those after them
+  // are fetched.
+  void load_panels(const Rows& from, int64_t m, int64_t rows, int64_t i, int64_t count, bool norm,
+                   float* panel) const {
+    const int64_t begin = of_d.begin(i), end = min_of(of_d.begin(i + count), a.d);
+    int64_t first[kPanels], width[kPanels];
+    for (int64_t b = 0; b < count; ++b) {
+      first[b] = of_d.begin(i + b);
+      width[b] = of_d.width(i + b);
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      if (m + r + kPanel < a.m) from.prefetch(m + r + kPanel, begin, n);
-      from.load(m + r, begin, panel + r * width, n);
-      for (int64_t j = n; j < width; ++j) panel[r * width + j] = 0;
+      if (m + r + kPanel < a.m) from.prefetch(m + r + kPanel, begin, end - begin);
+      for (int64_t b = 0; b < count; ++b) {
+        float* to = panel + b * kPanel * kTileColumns + r * width[b];
+        const int64_t n = min_of(width[b], a.d - first[b]);
+        from.load(m + r, first[b], to, n);
+        for (int64_t j = n; j < width[b]; ++j) to[j] = 0;
+        if (!norm) continue;
+        const float* stats = a.stats + 2 * (m + r);
+        for (int64_t j = 0; j < width[b]; j += kWidth) put((at(to + j) - stats[0]) * stats[1], to + j);
+      }
     }
   }
 
   // From sums [E, columns] of dP^T norm(x): D's gradient, with the norm's weight w and bias b
   // sums * w + dc b^T, and theirs, the columns' sums of sums * D and of dc * D.
-  void finish_down(int64_t begin, int64_t n, float* sums, const float* dc, const Rows& ddown,
-                   float* memory) const {
+  void finish_down(int64_t begin, int64_t n, float* sums, const float* dc, float* memory) const {
+    const Rows ddown = {a.ddown, a.d, a.adapter_dtype};
     float *w = memory, *b = w + kTileColumns, *row = b + kTileColumns;
     float *dw = row + kTileColumns, *db = dw + kTileColumns;
     for (int64_t j = 0; j < n; ++j) {

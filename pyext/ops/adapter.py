@@ -52,6 +52,7 @@ def bottleneck_adapter_ref(
 def choose_impl(
     device_type: str,
     dtype: torch.dtype,
+    norm: str = "",
     dropout: bool = False,
     cpu_half: bool | None = None,
     products: bool | None = None,
@@ -69,7 +70,8 @@ def choose_impl(
         return "aten", "the C++ kernel knows neither fp64 nor dropout: ATen's products"
     if not (native is not None if cpu_half is None else cpu_half):
         return "aten", "fusedpeft._C is not built: ATen's products"
-    if dtype != torch.float32 and (has_products(dtype) if products is None else products):
+    rounds = dtype != torch.float32 and norm != "rms_norm"  # its x is in fp32 on ATen too
+    if rounds and (has_products(dtype) if products is None else products):
         return "aten", f"this CPU has products of {dtype}, the C++ kernel sums in fp32: ATen's"
     return "native", "C++: x is read once, both products run on it in the cache"
 
@@ -90,14 +92,14 @@ _lib.define(
 )
 
 
-def _impl(x: Tensor, impl: str, dropout_p: float) -> str:
-    return impl or choose_impl(x.device.type, x.dtype, dropout_p > 0.0)[0]
+def _impl(x: Tensor, impl: str, norm: str, dropout_p: float) -> str:
+    return impl or choose_impl(x.device.type, x.dtype, norm, dropout_p > 0.0)[0]
 
 
 def _forward(x, *args) -> tuple[Tensor, Tensor, Tensor]:
     """(y [M, d], P [M, E] in the adapter's dtype, row statistics [M, 2] or empty)."""
     *args, impl = args
-    impl = _impl(x, impl, args[-2])
+    impl = _impl(x, impl, args[-5], args[-2])
     if impl == "triton":
         from fusedpeft.kernels.adapter import adapter_fwd
 
@@ -108,7 +110,7 @@ def _forward(x, *args) -> tuple[Tensor, Tensor, Tensor]:
 def _backward(dy, *args) -> tuple[Tensor, ...]:
     """Gradients of (x, D, c, U, e, γ, β), each in its parameter's dtype; empty where not needed."""
     *args, impl = args
-    impl = _impl(dy, impl, args[-3])
+    impl = _impl(dy, impl, args[-5], args[-3])
     if impl == "triton":
         from fusedpeft.kernels.adapter import adapter_bwd
 

@@ -274,6 +274,7 @@ def test_what_each_device_takes():
     assert choose_impl("cpu", torch.float32, dropout=True, **on_cpu)[0] == "aten"
     assert choose_impl("cpu", torch.float32, cpu_half=False)[0] == "aten"
     assert choose_impl("cpu", torch.bfloat16, **on_cpu)[0] == "aten"
+    assert choose_impl("cpu", torch.bfloat16, "rms_norm", **on_cpu)[0] == "native"
     assert choose_impl("cpu", torch.bfloat16, cpu_half=True, products=False)[0] == "native"
 
 
