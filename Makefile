@@ -13,9 +13,10 @@ demo: $(READY)
 	$(BIN)/fusedpeft run examples/quickstart.yaml
 	@echo "Open runs/quickstart/report.html"
 
-# Two files at a time: most of it is one thread, a compiler's or Python's.
+# Two files at a time: most of it is one thread, a compiler's or Python's. In the order of
+# tests/conftest.py; xdist's own puts files of few tests last, which are the longest.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

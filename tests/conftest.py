@@ -14,6 +14,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = (  # files, a minute or more each
+    "test_interpret.py",
+    "test_cpu_decode.py",
+    "test_installs.py",
+    "test_aot.py",
+    "test_simt_adapter_decode.py",
+    "test_simt_prefix_decode.py",
+    "test_simt_multi_lora.py",
+    "test_run.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: with one of them last, a core would have nothing to do."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(autouse=True)
