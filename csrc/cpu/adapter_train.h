@@ -14,7 +14,8 @@
 namespace fusedpeft::cpu {
 namespace {
 
-constexpr int kTileRows = kRegisters >= 32 ? 8 : 4, kTileVectors = 3;  // sums in registers
+// Sums in registers: 24 of 32, or 12 of 16, and a row of the right side beside them.
+constexpr int kTileRows = kRegisters >= 32 ? 8 : 6, kTileVectors = kRegisters >= 32 ? 3 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kWidth;
 constexpr int64_t kBlockRows = 24;   // of x in the cache
 constexpr int64_t kPanel = 128;      // rows whose share of a column's sums is added at a time
@@ -88,6 +89,10 @@ __attribute__((noinline)) void tile(const float* a, int64_t sr, int64_t sk, cons
   }
 }
 
+inline decltype(&tile<1>) tile_of(int64_t vectors) {
+  return vectors == 1 ? tile<1> : vectors == 2 ? tile<2> : tile<kTileVectors>;
+}
+
 // Columns in blocks of at most kTileVectors vectors, all of nearly one width.
 struct Columns {
   int64_t count, vectors, blocks;
@@ -128,7 +133,7 @@ struct Packed {
   // out [rows, columns of block i] = a times the block, for rows rounded up to kTileRows.
   void multiply(int64_t i, const float* a, int64_t sa, int64_t rows, float* out, int64_t so) const {
     const int64_t vectors = columns.width(i) / kWidth;
-    const auto run = vectors == 1 ? tile<1> : vectors == 2 ? tile<2> : tile<3>;
+    const auto run = tile_of(vectors);
     for (int64_t r = 0; r < rows; r += kTileRows)
       run(a + r * sa, sa, 1, block(i), k, out + r * so, so, true);
   }
@@ -162,10 +167,11 @@ struct AdapterTrainCall {
 
   int64_t ep() const { return of_e.padded(); }
   int64_t dp() const { return of_d.padded(); }
+  int64_t tiled() const { return round_up(ep(), kTileRows); }
 
   void allocate(int64_t threads) {
     const int64_t rows = kBlockRows * (sx + ep() + kTileColumns) + ep();
-    const int64_t columns = (kPanels * (2 * ep() + kPanel) + 1) * kTileColumns + 2 * ep();
+    const int64_t columns = (kPanels * (2 * tiled() + kPanel) + 1) * kTileColumns + 2 * ep();
     own_size = round_up(max_of(max_of(rows, columns), kWidth * (sx + ep())), kLine / 4);
     const int64_t shared = round_up(a.d * ep() + a.e * dp() + 2 * ep() + dp(), kLine / 4);
     float* memory = static_cast<float*>(
@@ -378,14 +384,14 @@ struct AdapterTrainCall {
   void add_outer(const float* factors, const float* panel, int64_t rows, int64_t width, float* to,
                  bool fresh) const {
     const int64_t vectors = width / kWidth;
-    const auto run = vectors == 1 ? tile<1> : vectors == 2 ? tile<2> : tile<3>;
-    for (int64_t i = 0; i < ep(); i += kTileRows)
+    const auto run = tile_of(vectors);
+    for (int64_t i = 0; i < ep(); i += kTileRows)  // the last rows may be none of E's
       run(factors + i, 1, ep(), panel, rows, to + i * kTileColumns, kTileColumns, fresh);
   }
 
   void by_columns(int64_t thread, int64_t team) const {
     float* dc = own + thread * own_size;  // [ep], before what a block of columns takes
-    const int64_t sums = ep() * kTileColumns, panels = kPanel * kTileColumns;  // of a block
+    const int64_t sums = tiled() * kTileColumns, panels = kPanel * kTileColumns;  // of a block
     float* of_up = dc + ep();
     float* of_down = of_up + kPanels * sums;
     float* panel = of_down + kPanels * sums;

@@ -58,7 +58,7 @@ struct AdapterTrain {
   // Backward
   const void* dy;  // null: forward
   void *dx, *ddown, *ddown_bias, *dup, *dup_bias, *dnorm_weight, *dnorm_bias;
-  float* work;  // [2, m, e rounded up to 16]
+  float* work;  // [2, m, e rounded up to 16] and 16 more
   bool add_dy;
 };
 

@@ -54,12 +54,12 @@ def choose_impl(
     dtype: torch.dtype,
     norm: str = "",
     dropout: bool = False,
-    cpu_half: bool | None = None,
+    capability: str | None = None,
     products: bool | None = None,
 ) -> tuple[str, str]:
     """(implementation, why) that `bottleneck_adapter` takes by itself; `doctor` prints it. Pure but
-    for cpu_half of fusedpeft._C, by default as it is built, and for whether the CPU has products of
-    dtype, by default this one."""
+    for what the CPU is, by default this one: the instruction set of fusedpeft._C ("": not built)
+    and whether torch has products in dtype."""
     if device_type == "cuda" and dtype != torch.float64:
         return "triton", "CUDA tensors take the Triton kernels: any E, wide ones a kernel a product"
     if device_type == "cuda":
@@ -68,8 +68,13 @@ def choose_impl(
         return "aten", f"no kernel of ours for device '{device_type}': ATen's products"
     if dtype == torch.float64 or dropout:
         return "aten", "the C++ kernel knows neither fp64 nor dropout: ATen's products"
-    if not (native is not None if cpu_half is None else cpu_half):
-        return "aten", "fusedpeft._C is not built: ATen's products"
+    if capability is None:
+        capability = "" if native is None else native.cpu_capability()
+    if capability in ("", "portable"):
+        why = f"fusedpeft._C {'has no vectors for this CPU' if capability else 'is not built'}"
+        return "aten", why + ": ATen's products"
+    if dtype == torch.float32 and capability == "avx2":
+        return "aten", "with vectors of 8 ATen's products in fp32 are as fast as ours"
     rounds = dtype != torch.float32 and norm != "rms_norm"  # its x is in fp32 on ATen too
     if rounds and (has_products(dtype) if products is None else products):
         return "aten", f"this CPU has products of {dtype}, the C++ kernel sums in fp32: ATen's"

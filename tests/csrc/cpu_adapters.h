@@ -73,7 +73,7 @@ void train(int64_t m, int64_t d, int64_t e, int norm, int dtype, int adapter, bo
       w(1, d, 0, adapter), p(m, e, 0, adapter), ddown(e, d, 0, adapter), dc(1, e, 0, adapter),
       dup(d, e, 0, adapter), db(1, d, 0, adapter), dw(1, d, 0, adapter), dnb(1, d, 0, adapter);
   for (Matrix* t : {&x, &dy, &down, &c, &up, &b, &w}) t->fill(random);
-  std::vector<float> stats(2 * m), work(2 * m * ((e + 15) / 16 * 16));
+  std::vector<float> stats(2 * m), work(2 * m * ((e + 15) / 16 * 16) + 16);
   AdapterTrain a = {};
   a.x = a.residual = x.bytes.get(), a.y = y.bytes.get(), a.p = p.bytes.get(), a.stats = stats.data();
   a.down = down.bytes.get(), a.down_bias = c.bytes.get();

@@ -269,13 +269,15 @@ def test_what_each_device_takes():
     assert choose_impl("cuda", torch.bfloat16)[0] == "triton"
     for device, dtype in (("cuda", torch.float64), ("cpu", torch.float64), ("xpu", torch.half)):
         assert choose_impl(device, dtype)[0] == "aten"
-    on_cpu = dict(cpu_half=True, products=True)
-    assert choose_impl("cpu", torch.float32, **on_cpu)[0] == "native"
-    assert choose_impl("cpu", torch.float32, dropout=True, **on_cpu)[0] == "aten"
-    assert choose_impl("cpu", torch.float32, cpu_half=False)[0] == "aten"
-    assert choose_impl("cpu", torch.bfloat16, **on_cpu)[0] == "aten"
-    assert choose_impl("cpu", torch.bfloat16, "rms_norm", **on_cpu)[0] == "native"
-    assert choose_impl("cpu", torch.bfloat16, cpu_half=True, products=False)[0] == "native"
+    wide, fp32, bf16 = dict(capability="avx512", products=True), torch.float32, torch.bfloat16
+    assert choose_impl("cpu", fp32, **wide)[0] == "native"
+    assert choose_impl("cpu", fp32, dropout=True, **wide)[0] == "aten"
+    assert choose_impl("cpu", fp32, capability="avx2")[0] == "aten"
+    assert choose_impl("cpu", bf16, **wide)[0] == "aten"
+    assert choose_impl("cpu", bf16, "rms_norm", **wide)[0] == "native"
+    assert choose_impl("cpu", bf16, capability="avx2", products=False)[0] == "native"
+    for capability in ("", "portable"):
+        assert choose_impl("cpu", bf16, capability=capability, products=False)[0] == "aten"
 
 
 @pytest.mark.skipif(native is None, reason="the extension is not built")
