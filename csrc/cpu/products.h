@@ -170,7 +170,8 @@ __attribute__((noinline)) void dot(F* acc, bool fresh, const typename P::Element
       for (int n = 0; n < NR; ++n)
 #pragma GCC unroll 2
         for (int line = 0; line < kStep<P>; line += kLine)
-          __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w) + line, 0, 3);
+          __builtin_prefetch(ahead.from + n * sw * static_cast<int64_t>(sizeof *w) + line, 0,
+                             MT == 1 ? 3 : 2);  // one token's rows are soon done: into the L1
       for (const int64_t end = at + ahead.every; at < end; at += P::kBlock)
         dot_block<P>(sums, w + at, sw, x + at, sx);
     }
