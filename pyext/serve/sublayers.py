@@ -176,7 +176,9 @@ class _Positions:
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
         batch = getattr(self.layers[0].local, "batch", None)
-        longest = 0 if batch is None else max(max(one.lengths(batch)) for one in self.layers)
+        longest = 0
+        if batch is not None:
+            longest = max(max(one.lengths(batch), default=0) for one in self.layers)
         if longest:
             given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             rows, tokens = next(t for t in given if t is not None).shape[:2]

@@ -153,6 +153,30 @@ def test_every_kind_in_one_batch(build, ids, adapted):
             assert torch.equal(new[row], alone[name].generate(ids[row : row + 1], **NEW)[0])
 
 
+def test_prefixes_of_an_encoder(ids, adapted):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=61, num_hidden_layers=2, num_attention_heads=4, hidden_size=24,
+                 intermediate_size=40, max_position_embeddings=32)  # fmt: skip
+    base = lively(BertForSequenceClassification(BertConfig(**sizes))).eval().requires_grad_(False)
+    pool = fp.AdapterPool.for_model(base, slots=2, max_rank=0, max_prefix=8)
+    alone = filled(pool, base, adapted, {"a": fp.PrefixTuning(5), "b": fp.PrefixTuning(8)})
+    pool.install(base)
+    names = ["a", None, "b", "a"]
+    for given in ({"input_ids": ids}, padded(ids)):
+        with pool.batch(names):
+            got = base(**given).logits
+        for row, name in enumerate(names):
+            want = alone[name](**given).logits[row]
+            torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-4)
+    with pool.batch([None] * 4), pytest.raises(InputError, match="no adapter is named 'c'"):
+        pool.acquire(["c"])
+    with (
+        pool.batch(["b"] * 4),
+        pytest.raises(InputError, match="at most 32 positions, .* got 27 to"),
+    ):
+        base(ids.repeat(1, 3))
+
+
 @pytest.mark.parametrize("norm", [None, "layer_norm"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])
