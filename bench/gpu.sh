@@ -18,7 +18,8 @@ PYTHON=${PYTHON:-python3}
 DRY=${FUSEDPEFT_GPU_DRYRUN:-0}
 PART=${1:-all}
 case $PART in all | tests | bench) ;; *) echo "gpu.sh: expected tests, bench or nothing, got $PART" && exit 2 ;; esac
-OPS=(lora lora_multi multi_lora multi_lora_model lora_quantised linear_logprob adapter adapter_decode prefix_attention prefix_decode pro_step soft_prompt)
+OPS=(lora lora_multi multi_lora multi_lora_model lora_quantised linear_logprob adapter adapter_decode
+  prefix_attention prefix_decode pro_step soft_prompt methods)
 LIMIT_S=${LIMIT_S:-570}
 export PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET
