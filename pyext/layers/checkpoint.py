@@ -186,8 +186,7 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
         _load_head(folder, inner, config, name, tensors)
         return model
     head = take_head(tensors, _PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX)
-    if head:
-        check_head(folder / WEIGHTS_NAME, inner, name, head)
+    check_head(folder / WEIGHTS_NAME, inner, name, head, raw.get("modules_to_save") or ())
     if isinstance(config, LoRA):
         _load_lora(folder, inner, config, name, tensors, selects_modules(raw), bool(head))
     else:

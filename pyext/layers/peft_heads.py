@@ -5,6 +5,7 @@ Here it is a head of its own, an OutputLayer named like the adapter with `_head`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -32,8 +33,18 @@ def take_head(tensors: dict[str, Tensor], start: str) -> dict[str, Tensor]:
     return found
 
 
-def check_head(path: Path, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
-    """Raises InputError unless they are all of the model's head, and its name is free."""
+def check_head(
+    path: Path, model: nn.Module, name: str, tensors: dict[str, Tensor], saved: Sequence[str]
+) -> None:
+    """Raises InputError unless they are all of the model's head, and its name is free; there may be
+    none where `saved`, PEFT's modules_to_save, names no classifier that the model has."""
+    if not tensors:
+        lost = [m for m in saved if m in CLASSIFIERS and hasattr(model, m)]
+        if lost:
+            raise InputError(
+                f"{path} has no tensors of {lost[0]}, which its settings name as saved"
+            )
+        return
     check_new(model, head_name(name))
     own = new_head(model, OutputLayer()).state_dict()
     want = {_HEAD + key: tuple(t.shape) for key, t in own.items()}

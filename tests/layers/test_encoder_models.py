@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -278,6 +279,13 @@ def test_a_classifier_comes_and_goes_with_peft_s_adapter(kind, name, ids, tmp_pa
     again = peft.PeftModel.from_pretrained(build(name), tmp_path / "ours").eval()
     torch.testing.assert_close(again(ids).logits, want, rtol=0, atol=1e-5)
     assert type(again) is type(theirs)
+    lost = {k: t for k, t in load_file(tmp_path / "ours/adapter_model.safetensors").items()
+            if "classifier" not in k and "score" not in k}  # fmt: skip
+    save_file(lost, tmp_path / "ours/adapter_model.safetensors")
+    with pytest.raises(
+        InputError, match="has no tensors of (classifier|score), which its settings"
+    ):
+        fp.load_adapter(build(name), tmp_path / "ours", "a")
     if name != "GPT2":
         other = transformers.BertForMaskedLM(transformers.BertConfig(**ENCODER))
         before = {key: value.clone() for key, value in other.state_dict().items()}
