@@ -66,3 +66,18 @@ def _check(name: str, got: torch.Tensor, low: torch.Tensor, ref: torch.Tensor) -
 def check_accuracy() -> Callable[[str, torch.Tensor, torch.Tensor, torch.Tensor], None]:
     """max|got − ref64| ≤ 2 · max|low − ref64| + eps, `low` being torch in the same precision."""
     return _check
+
+
+@pytest.fixture
+def lively() -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Weights so large that what a model says next depends on all that it has read."""
+
+    def lively(model: torch.nn.Module) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return lively

@@ -94,6 +94,18 @@ void check(bool ok, const char* what, int64_t got) {
   if (!ok) throw std::invalid_argument(std::string(what) + ", got " + std::to_string(got));
 }
 
+// What Adapters and AdapterTrain have in common.
+template <class A>
+void check_adapter(const A& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", a.adapter_dtype);
+  check(a.norm >= kNoNorm && a.norm <= kRmsNorm, "norm: expected 0, 1 or 2", a.norm);
+  check(a.activation >= kRelu && a.activation <= kLeakyRelu, "activation: expected 0..5",
+        a.activation);
+  check(a.m >= 0, "m: expected >= 0", a.m);
+}
+
 // As check_slots of pyext/ops/slots.py; size: [count, parts].
 void check_slots(const int32_t* slots, int64_t m, const int32_t* size, int64_t count, int64_t parts) {
   for (int64_t i = 0; i < m; ++i)
@@ -147,13 +159,7 @@ void lora_decode(const void* x, const void* w, const void* a, const void* b, con
 }
 
 void adapter_decode(Adapters a) {
-  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
-  check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
-        "adapter_dtype: expected dtype's or 0", a.adapter_dtype);
-  check(a.norm >= kNoNorm && a.norm <= kRmsNorm, "norm: expected 0, 1 or 2", a.norm);
-  check(a.activation >= kRelu && a.activation <= kLeakyRelu, "activation: expected 0..5",
-        a.activation);
-  check(a.m >= 0, "m: expected >= 0", a.m);
+  check_adapter(a);
   check(a.d >= 0, "d: expected >= 0", a.d);
   if (a.slots) check_slots(a.slots, a.m, a.size, a.count, 1);
   const int64_t bytes = a.dtype == kFloat32 ? 4 : 2;
@@ -168,13 +174,7 @@ void adapter_decode(Adapters a) {
 }
 
 void adapter_train(const AdapterTrain& a) {
-  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
-  check(a.adapter_dtype == a.dtype || a.adapter_dtype == kFloat32,
-        "adapter_dtype: expected dtype's or 0", a.adapter_dtype);
-  check(a.norm >= kNoNorm && a.norm <= kRmsNorm, "norm: expected 0, 1 or 2", a.norm);
-  check(a.activation >= kRelu && a.activation <= kLeakyRelu, "activation: expected 0..5",
-        a.activation);
-  check(a.m >= 0, "m: expected >= 0", a.m);
+  check_adapter(a);
   check(a.d >= 1, "d: expected >= 1", a.d);
   check(a.e >= 1, "e: expected >= 1", a.e);
   level().adapter_train(a);

@@ -133,7 +133,7 @@ def _embed(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prom
 # --- the method ---------------------------------------------------------------------------------
 
 
-def stack_of(model: nn.Module) -> nn.Module:
+def _stack_of(model: nn.Module) -> nn.Module:
     """The module that embeds the tokens: the backbone, an encoder-decoder's encoder."""
     backbone = getattr(model, "base_model", model)
     config = getattr(backbone, "config", None)
@@ -142,7 +142,7 @@ def stack_of(model: nn.Module) -> nn.Module:
 
 def is_encoder(model: nn.Module) -> bool:
     """Whether every token attends to every other one."""
-    return not any(getattr(m, "is_causal", False) for m in attention_layers(stack_of(model)))
+    return not any(getattr(m, "is_causal", False) for m in attention_layers(_stack_of(model)))
 
 
 def reads_first(model: nn.Module) -> bool:
@@ -156,7 +156,7 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
     weight = getattr(model.base_model.get_input_embeddings(), "weight", None)
-    if weight is None or weight.ndim != 2 or not list(attention_layers(stack_of(model))):
+    if weight is None or weight.ndim != 2 or not list(attention_layers(_stack_of(model))):
         raise InputError(
             f"PromptTuning: expected a model of text, with embeddings of tokens, in {kind}"
         )
@@ -195,7 +195,7 @@ def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
 
 
 def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> None:
-    stack = stack_of(model)
+    stack = _stack_of(model)
     root = getattr(stack, _CHILD, None)
     if root is None:
         two = stack is not model.base_model
@@ -219,7 +219,7 @@ def check_together(wanted: Mapping[str, PromptTuning]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    root = getattr(stack_of(model), _CHILD, None)
+    root = getattr(_stack_of(model), _CHILD, None)
     if root is None:
         return
     root.active = names[0] if names else None
@@ -228,7 +228,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    stack = stack_of(model)
+    stack = _stack_of(model)
     root = getattr(stack, _CHILD)
     del root.prompts[name]
     if not root.prompts:
@@ -240,4 +240,4 @@ def remove(model: nn.Module, name: str) -> None:
 
 def prompt_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter [P, d]."""
-    return getattr(stack_of(model), _CHILD).prompts[name]
+    return getattr(_stack_of(model), _CHILD).prompts[name]

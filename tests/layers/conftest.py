@@ -98,21 +98,6 @@ def stir() -> Callable[..., torch.nn.Module]:
 
 
 @pytest.fixture
-def lively() -> Callable[[torch.nn.Module], torch.nn.Module]:
-    """Weights so large that what a model says next depends on all that it has read."""
-
-    def lively(model: torch.nn.Module) -> torch.nn.Module:
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    return lively
-
-
-@pytest.fixture
 def with_prefix() -> Callable[..., torch.nn.Module]:
     """(model, name, **settings) -> the model with a prefix of 5 that acts on it."""
 

@@ -42,16 +42,6 @@ def adapted(tmp_path):
     return made
 
 
-def lively(model):
-    """Weights so large that what a model says next depends on all that it has read."""
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def filled(pool, model, adapted, configs) -> dict:
     """The pool with these adapters; {name: the model with it attached}, None for the base."""
     alone = {None: copy.deepcopy(model)}
@@ -85,7 +75,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_row_its_own(build, ids, adapted, kind):
+def test_each_row_its_own(build, ids, adapted, kind, lively):
     base = lively(build())
     plain = base(ids).logits
     pool = fp.AdapterPool.for_model(base, slots=3, max_rank=4, **KINDS[kind])
@@ -107,7 +97,7 @@ def test_each_row_its_own(build, ids, adapted, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation(build, ids, adapted, kind):
+def test_generation(build, ids, adapted, kind, lively):
     """With a cache that grows and one that is allocated, and with padding."""
     base = lively(build())
     pool = fp.AdapterPool.for_model(base, slots=3, max_rank=4, **KINDS[kind])
@@ -124,7 +114,7 @@ def test_generation(build, ids, adapted, kind):
             assert torch.equal(got[row], alone[name].generate(**one, **NEW)[0])
 
 
-def test_every_kind_in_one_batch(build, ids, adapted):
+def test_every_kind_in_one_batch(build, ids, adapted, lively):
     """And one adapter that is of all kinds."""
     base = lively(build())
     limits = {key: value for kind in KINDS.values() for key, value in kind.items()}
@@ -153,7 +143,7 @@ def test_every_kind_in_one_batch(build, ids, adapted):
             assert torch.equal(new[row], alone[name].generate(ids[row : row + 1], **NEW)[0])
 
 
-def test_prefixes_of_an_encoder(ids, adapted):
+def test_prefixes_of_an_encoder(ids, adapted, lively):
     torch.manual_seed(0)
     sizes = dict(vocab_size=61, num_hidden_layers=2, num_attention_heads=4, hidden_size=24,
                  intermediate_size=40, max_position_embeddings=32)  # fmt: skip
@@ -246,7 +236,7 @@ def test_a_pool_in_fp32_beside_a_model_in_16_bits(llama, ids, adapted, kind):
         alone[name].float()
 
 
-def test_threads(llama, ids, adapted):
+def test_threads(llama, ids, adapted, lively):
     base = lively(llama)
     limits = {key: value for kind in KINDS.values() for key, value in kind.items()}
     pool = fp.AdapterPool.for_model(base, slots=3, max_rank=0, **limits)
