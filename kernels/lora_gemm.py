@@ -46,7 +46,7 @@ def _block_of(
 def _lora_gemm_kernel(
     x_ptr, w_ptr, a_ptr, b_ptr, bias_ptr, s_ptr, out_ptr, seed_ptr,
     scale, threshold, keep_scale,
-    M, N, K, R,
+    M, N, K, R, first_col,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
     stride_sm, stride_om,
     HAS_BIAS: tl.constexpr, FUSE_S: tl.constexpr, DROPOUT: tl.constexpr,
@@ -84,7 +84,7 @@ def _lora_gemm_kernel(
             acc = tl.dot(s, b.to(dtype), acc, input_precision="ieee")
     tl.static_assert(not (DROPOUT and (FUSE_S or HOLD)), "the mask is for what is summed first")
     if DROPOUT:
-        keep = keep_mask(seed_ptr, rows, cols, threshold)
+        keep = keep_mask(seed_ptr, rows, first_col + cols, threshold)
         acc = tl.where(keep, acc * keep_scale, 0.0)
 
     x_ptrs = x_ptr + rows64[:, None] * stride_xm + ks[None, :] * stride_xk
@@ -221,15 +221,16 @@ def _lora_gemm_tma(
 def lora_gemm(
     x: Tensor, wt: Tensor, at: Tensor, bt: Tensor, s: Tensor, out: Tensor, scale: float,
     config: dict, *, tma: dict | None = None, bias: Tensor | None = None, fuse_s: bool = False,
-    dropout_p: float = 0.0, seed: Tensor | None = None, accumulate: bool = False,
+    dropout_p: float = 0.0, seed: Tensor | None = None, first_col: int = 0,
+    accumulate: bool = False,
 ) -> None:  # fmt: skip
     """out = x @ wt + bias + drop(scale · s @ bt), shapes [M,K] [K,N] [K,R] [R,N] [M,R] -> [M,N].
 
     All strides free but those of `s` and `out`, whose rows are contiguous. With fuse_s, s = x @ at
-    is written too; else it is read. accumulate adds to what `out` holds. Needs
-    M, N ≥ 1; R may be 0. config: the tile of the pointer kernel. tma: of the TMA kernel, or None;
-    where strides or addresses are not TMA's, or the call asks for more than that kernel does, the
-    pointer kernel runs.
+    is written too; else it is read. accumulate adds to what `out` holds. first_col: where `out`
+    begins in the matrix that the dropout mask is of. Needs M, N ≥ 1; R may be 0. config: the tile
+    of the pointer kernel. tma: of the TMA kernel, or None; where strides or addresses are not
+    TMA's, or the call asks for more than that kernel does, the pointer kernel runs.
     """
     plain = not (fuse_s or accumulate or dropout_p > 0.0)
     if tma and plain and tma_ok(x, wt.t() if wt.stride(0) == 1 else wt, out):
@@ -242,7 +243,7 @@ def lora_gemm(
         _lora_gemm_kernel[grid](
             x, wt, at, bt, out if bias is None else bias, s, out, seed if dropout else out,
             scale, signed_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-            M, N, K, R,
+            M, N, K, R, first_col,
             x.stride(0), x.stride(1), wt.stride(1), wt.stride(0), at.stride(1), at.stride(0),
             bt.stride(1), bt.stride(0), s.stride(0), out.stride(0),
             HAS_BIAS=bias is not None, FUSE_S=fuse_s, DROPOUT=dropout,

@@ -1,18 +1,21 @@
-"""LoRA linear over a frozen base in 4 or 8 bits, which never leaves its codes in memory.
+"""LoRA linear over a frozen base in 4 or 8 bits, which is never whole in memory in another form.
 
     y[M,N] = x Wᵀ + bias + scale · S Bᵀ,  S = drop(x) Aᵀ      dx[M,K] = dy W + drop(scale · dy B A)
 
 W [N, K] is NF4 in the layout of bitsandbytes (QLoRA, Dettmers et al. 2023, §3), or float8_e4m3fn
-with a scale for all or one a row: see `fusedpeft.ops.quantised`. Both products are one kernel, that
-of lora_gemm.py with other loads of W: a step of the K loop reads the bytes of a tile, turns them
-into the input's dtype in registers, transposed in y's direction, and multiplies. S, dS, dA and dB
-are the dense base's kernels.
+with a scale for all or one a row: see `fusedpeft.ops.quantised`. Two ways, by the number of tokens
+(lora_quantised_tables.slab):
 
-Bytes of W a column of blocks: N·K/2 + 4·N·K/block (double: 1.016·N·K/block; FP8: N·K) instead of
-2·N·K. Work: an element costs a load of its code's value, which lies in L1, and some ten operations,
-in each of the M/BLOCK_M rows of blocks. At few tokens, where W's bytes are the floor, that is about
-what the bytes saved are worth; at thousands it is slower than dequantising W once would be, and
-needs no room for it.
+- few: both products are one kernel, that of lora_gemm.py with other loads of W. A step of the K
+  loop reads the bytes of a tile and turns them into the input's dtype in registers, transposed in
+  y's direction. Bytes of W a column of blocks: N·K/2 + 4·N·K/block (double: 1.016·N·K/block; FP8:
+  N·K) instead of 2·N·K, the floor here. Work: an element costs a load of its code's value, which
+  lies in L1, and some ten operations, once more for each of the M/BLOCK_M rows of blocks.
+- many: slabs of W, some of its rows for y or columns for dx, are dequantised into one buffer of at
+  most 16 MiB, which L2 holds, and lora_gemm.py multiplies by each. An element is dequantised
+  once: N·K/2 bytes read, 2·N·K written and read. No sum is cut, so nothing is rounded in between.
+
+S, dS, dA and dB are the dense base's kernels.
 """
 
 from __future__ import annotations
@@ -29,8 +32,9 @@ from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora import shrink
 from fusedpeft.kernels.lora_bwd import pass_over_dy, pass_over_x
-from fusedpeft.kernels.lora_quantised_tables import quantised_config
-from fusedpeft.kernels.lora_tables import lora_bwd_config, shrink_config
+from fusedpeft.kernels.lora_gemm import lora_gemm
+from fusedpeft.kernels.lora_quantised_tables import DEQUANTISE_CONFIG, quantised_config, slab
+from fusedpeft.kernels.lora_tables import gemm_config, lora_bwd_config, shrink_config, tma_config
 from fusedpeft.kernels.sums import ordered_sum
 
 
@@ -145,33 +149,103 @@ def _lora_quantised_kernel(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=out_ok)
 
 
+@triton.jit
+def _dequantise_kernel(
+    w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr, out_ptr,
+    first_row, first_col, rows, cols, width, step, stride_om,
+    FP8: tl.constexpr, DOUBLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols] = w[first_row…, first_col…] in out's dtype; w [*, width], first_col even."""
+    r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * BLOCK_N
+    c = first + tl.arange(0, BLOCK_N)
+    row_ok = (r < rows)[:, None]
+    at = (first_row + r).to(tl.int64)
+    if FP8:
+        ok = row_ok & (c < cols)[None, :]
+        w = _fp8_tile(
+            w_ptr, absmax_ptr, tl.where(r < rows, at, first_row), first_col + c, ok, width, step
+        )
+    else:
+        pairs = first // 2 + tl.arange(0, BLOCK_N // 2)
+        ok = row_ok & (pairs < cols // 2)[None, :]
+        w = _nf4_tile(
+            w_ptr, absmax_ptr, book_ptr, absmax2_ptr, offset_ptr, code_ptr,
+            at, first_col // 2 + pairs, ok, width, step, DOUBLE,
+        )  # fmt: skip
+    out_ptrs = out_ptr + r.to(tl.int64)[:, None] * stride_om + c[None, :]
+    tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=row_ok & (c < cols)[None, :])
+
+
 @functools.cache
 def _code(values: tuple[float, ...], device: torch.device) -> Tensor:
     """The 16 values on the device, made once."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+class _Base:
+    """W as the kernels take it. parts, step, code: see `lora_quantised_fwd`."""
+
+    def __init__(self, parts: Sequence[Tensor], step: int, code: tuple[float, ...]):
+        self.w, self.absmax, *double = (t.reshape(-1) for t in parts)
+        self.book, self.absmax2, self.offset = double or (self.absmax,) * 3
+        self.code = _code(code, self.w.device) if code else self.absmax
+        self.step, self.flags = step, dict(FP8=not code, DOUBLE=bool(double))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.w, self.absmax, self.book, self.absmax2, self.offset, self.code
+
+    def dequantise(self, out: Tensor, first_row: int, first_col: int, width: int) -> None:
+        """out = w[first_row…, first_col…] of w [*, width]."""
+        (rows, cols), config = out.shape, DEQUANTISE_CONFIG
+        grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(cols, config["BLOCK_N"]))
+        with on_device(out):
+            _dequantise_kernel[grid](
+                *self.tensors(), out, first_row, first_col, rows, cols, width, self.step,
+                out.stride(0), **self.flags, **config,
+            )  # fmt: skip
+
+
 def _gemm(
-    x: Tensor, parts: Sequence[Tensor], step: int, code: tuple[float, ...], forward: bool,
-    bt: Tensor, s: Tensor, out: Tensor, scale: float, *, bias: Tensor | None = None,
-    dropout_p: float = 0.0, seed: Tensor | None = None,
+    x: Tensor, base: _Base, forward: bool, bt: Tensor, s: Tensor, out: Tensor, scale: float,
+    *, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out [M,N] = x [M,K] · (Wᵀ or W) + bias + drop(scale · s [M,R] bt [R,N])."""
+    """out [M,N] = x [M,K] · (Wᵀ or W) + bias + drop(scale · s [M,R] bt [R,N]), s in fp32."""
     (M, K), N, R = x.shape, out.shape[1], bt.shape[0]
-    fp8, dropout = not code, dropout_p > 0.0
-    w, absmax, *double = (t.reshape(-1) for t in parts)
-    book, absmax2, offset = double or (absmax,) * 3
-    config = quantised_config(M, N, arch_of(x.device), x.element_size(), dropout=dropout)
+    arch, size, dropout = arch_of(x.device), x.element_size(), dropout_p > 0.0
+    columns = slab(M, N, K, size)
+    if columns:
+        # y's update beside S in fp32: of lora_gemm.py that is compiled for fp32 adapters only.
+        bt = bt.float() if forward else bt
+        w = torch.empty((columns, K) if forward else (K, columns), dtype=x.dtype, device=x.device)
+        for first in range(0, N, columns):
+            last = min(first + columns, N)
+            at, n = slice(first, last), last - first
+            if forward:
+                part = w[:n]
+                base.dequantise(part, first, 0, K)
+            else:
+                part = w[:, :n]
+                base.dequantise(part, 0, first, N)
+            lora_gemm(
+                x, part.t() if forward else part, bt, bt[:, at], s, out[:, at], scale,
+                gemm_config(M, n, R, arch, size, dropout=dropout),
+                tma=tma_config(M, n, R, arch, size, dropout=dropout),
+                bias=None if bias is None else bias[at],
+                dropout_p=dropout_p, seed=seed, first_col=first,
+            )  # fmt: skip
+        return
+    bt = bt.to(x.dtype)
+    config = quantised_config(M, N, arch, size, dropout=dropout)
     grid = (triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)
     with on_device(x):
         _lora_quantised_kernel[grid](
-            x, w, absmax, book, absmax2, offset, absmax if fp8 else _code(code, x.device),
+            x, *base.tensors(),
             bt, out if bias is None else bias, s, out, seed if dropout else out,
             scale, signed_threshold(dropout_p), 1.0 / (1.0 - dropout_p),
-            M, N, K, R, step,
+            M, N, K, R, base.step,
             x.stride(0), x.stride(1), bt.stride(1), bt.stride(0), s.stride(0), out.stride(0),
-            FP8=fp8, DOUBLE=bool(double), FORWARD=forward,
-            HAS_BIAS=bias is not None, DROPOUT=dropout, **config,
+            FORWARD=forward, HAS_BIAS=bias is not None, DROPOUT=dropout, **base.flags, **config,
         )  # fmt: skip
 
 
@@ -203,7 +277,7 @@ def lora_quantised_fwd(
         x, a.float(), s, dropout_p, seed, shrink_config(M, R, arch_of(x.device), x.element_size())
     )
     bias = None if bias is None else bias.contiguous()
-    _gemm(x, parts, step, code, True, b.to(x.dtype).t(), s, y, scale, bias=bias)
+    _gemm(x, _Base(parts, step, code), True, b.t(), s, y, scale, bias=bias)
     return y, s
 
 
@@ -251,5 +325,5 @@ def lora_quantised_bwd(
     if need_dx:
         dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
         mask = dict(dropout_p=dropout_p, seed=seed)
-        _gemm(dy, parts, step, code, False, a.to(dy.dtype), t, dx, scale, **mask)
+        _gemm(dy, _Base(parts, step, code), False, a, t, dx, scale, **mask)
     return dx, da, db, dbias

@@ -1,4 +1,4 @@
-"""How the GEMM over a quantised base is compiled ahead of time: see aot.py."""
+"""How the kernels over a quantised base are compiled ahead of time: see aot.py."""
 
 from __future__ import annotations
 
@@ -21,8 +21,13 @@ def _spec(types: dict[str, str], forward: bool) -> Spec:
     )
 
 
+def _slab(types: dict[str, str]) -> Spec:
+    return Spec(lora_quantised._dequantise_kernel, types=types, ragged="step")
+
+
+_KINDS = {"nf4": _TYPES, "nf4_double": _DOUBLE, "fp8": _TYPES}
 SPECS = {
     f"{kind}_{'y' if forward else 'dx'}": _spec(types, forward)
-    for kind, types in (("nf4", _TYPES), ("nf4_double", _DOUBLE), ("fp8", _TYPES))
+    for kind, types in _KINDS.items()
     for forward in (True, False)
-}
+} | {f"{kind}_slab": _slab(types) for kind, types in _KINDS.items()}

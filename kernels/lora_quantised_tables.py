@@ -1,4 +1,4 @@
-"""Which tile the GEMM over a quantised base takes: see lora_tables.py for how tables work here."""
+"""How a quantised base is read, and in which tiles: see lora_tables.py for how tables work here."""
 
 from __future__ import annotations
 
@@ -53,14 +53,32 @@ def quantised_config(M: int, N: int, arch: str, elem_bytes: int, *, dropout: boo
     return dict(tiles["small"])
 
 
+# Of the kernel that dequantises a slab: a row of a tile is 128 bytes of NF4 and 512 of its values.
+DEQUANTISE_CONFIG = dict(BLOCK_M=16, BLOCK_N=256, num_warps=4, num_stages=1)
+SLAB_TOKENS = 256  # from here on it pays: W's codes would be looked up in four rows of blocks
+SLAB_BYTES = 16 << 20  # a third of Hopper's L2
+
+
+def slab(M: int, N: int, K: int, elem_bytes: int) -> int:
+    """How many of the N rows (or columns) of W, K long, are dequantised at once; 0: only tiles are.
+
+    A multiple of 256 columns of `out`, which keeps whole tiles and TMA's alignment, or all N of
+    them rounded up to 16.
+    """
+    if M < SLAB_TOKENS:
+        return 0
+    step = max(256, SLAB_BYTES // (K * elem_bytes) // 256 * 256)
+    return min(step, -(-N // 16) * 16)
+
+
 _SIZES = (1, 16, 64, 512, 2048, 8192)
 
 
 def lora_quantised_configs(arch: str) -> list[dict]:
     """Every (kernel, flags, config) that the launchers can choose on `arch`, each once.
 
-    The kernels are nf4, nf4_double and fp8, y's direction and dx's. Adapters come in the input's
-    dtype and S in fp32, so there is no adapter_bytes.
+    The kernels are nf4, nf4_double and fp8: y's direction, dx's, and a slab. Adapters come in the
+    input's dtype and S in fp32, so there is no adapter_bytes.
     """
     if arch not in ARCHS:
         raise ValueError(f"arch: expected one of {ARCHS}, got {arch!r}")
@@ -76,4 +94,8 @@ def lora_quantised_configs(arch: str) -> list[dict]:
                 HAS_BIAS=forward and more, DROPOUT=not forward and more,
             )  # fmt: skip
             rows.setdefault(str((row, config)), {**row, "config": config})
+    for size, kind in itertools.product((2, 4), ("nf4", "nf4_double", "fp8")):
+        row = dict(kernel=f"{kind}_slab", elem_bytes=size)
+        row["flags"] = dict(FP8=kind == "fp8", DOUBLE=kind == "nf4_double")
+        rows[str(row)] = {**row, "config": dict(DEQUANTISE_CONFIG)}
     return list(rows.values())

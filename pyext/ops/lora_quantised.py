@@ -1,5 +1,5 @@
 """`ops.lora_linear` over a frozen base in 4 or 8 bits (quantised.py), which is never in memory as a
-whole in another form: on a CPU some rows of it are at a time, in the Triton kernels tiles.
+whole in another form: some rows of it are, or in the Triton kernels tiles at few tokens.
 
     y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ,    dx = dy W + drop(scale · dy B A)
 """
@@ -74,7 +74,7 @@ _lib.define(
 def choose_impl(device_type: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
     """(implementation, why) over a quantised base. Pure; `doctor` prints it."""
     if device_type == "cuda" and dtype != torch.float64:
-        return "triton", "W's tiles are dequantised in registers"
+        return "triton", "W is dequantised in registers; from 256 tokens on, 16 MiB at a time"
     return "aten", "some rows of W are dequantised at a time; no C++ for decode yet"
 
 

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 
 from fusedpeft import ops
-from fusedpeft.kernels import lora_quantised, lora_quantised_tables
+from fusedpeft.kernels import lora_quantised, lora_quantised_tables, lora_tables
 from fusedpeft.kernels.lora_tables import ARCHS
 
 SHAPES = {  # M, N, K, R
@@ -82,6 +82,61 @@ def test_every_table(arch, few_sms, monkeypatch):
         monkeypatch.setitem(lora_quantised_tables.SMS, arch, 1)
     for kind in ("nf4_double", "fp8_rows"):
         check(*make((139, 140, 146, 16), kind, torch.float16), p=0.25)
+
+
+SLABBED = {  # M, N, K, R: three slabs of 256 in one direction, the last of them ragged
+    "y": (17, 515, 34, 12),
+    "dx": (17, 35, 514, 16),
+}
+SLABS = {"y": (3, 34), "dx": (35, 2)}  # that last one
+
+
+@pytest.fixture
+def slabs(monkeypatch):
+    """Slabs for any number of tokens; what each launch of their kernel wrote."""
+    monkeypatch.setattr(lora_quantised_tables, "SLAB_TOKENS", 1)
+    monkeypatch.setattr(lora_quantised_tables, "SLAB_BYTES", 1 << 10)
+    seen, whole = [], lora_quantised._Base.dequantise
+
+    def dequantise(base, out, *where):
+        seen.append(tuple(out.shape))
+        whole(base, out, *where)
+
+    monkeypatch.setattr(lora_quantised._Base, "dequantise", dequantise)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SLABBED)
+def test_slabs_against_float64(name, kind, dtype, slabs):
+    m, n, k, r = SLABBED[name]
+    check(*make((m, n, k, r), kind, dtype))
+    assert len(slabs) == 4 and slabs[2 if name == "y" else 3] == SLABS[name], slabs
+    check(*make((m, n, k, r), kind, dtype, torch.float32), p=0.25)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_slabs_of_every_table(arch, slabs, monkeypatch):
+    """Among them Hopper's kernel by TMA, which takes slabs where all is aligned."""
+    monkeypatch.setattr(lora_quantised, "arch_of", lambda device: arch)
+    for tables in (lora_tables, lora_quantised_tables):
+        monkeypatch.setitem(tables.SMS, arch, 1)
+    for shape in ((139, 320, 144, 16), (139, 144, 320, 24)):
+        check(*make(shape, "nf4_double", torch.float16))
+        check(*make(shape, "fp8_rows", torch.float16), p=0.25)
+    assert (256, 144) in slabs and (144, 256) in slabs
+
+
+@pytest.mark.parametrize("name", SLABBED)
+def test_slabs_give_what_tiles_give(name, slabs, monkeypatch):
+    """In fp32 within rounding, with the same mask: the slab's first column counts."""
+    case = make(SLABBED[name], "nf4", torch.float32)
+    many = run(ops.lora_linear, *case, 0.5, impl="triton")
+    monkeypatch.setattr(lora_quantised_tables, "SLAB_TOKENS", 1000)
+    few = run(ops.lora_linear, *case, 0.5, impl="triton")
+    for one, two in zip(many, few, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def test_fp32_adapters_beside_fp16():
