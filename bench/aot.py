@@ -13,8 +13,9 @@ sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple of 16 and 
 ("any rank"); other sizes divisible by 16 and unit inner strides, as models have.
 
 The committed tables, bench/results/aot/OP.json, name the code that they were compiled from, so that
-a change to a kernel or its tiles asks for --save again. --check compares what it compiled with them
-where Triton's version is theirs.
+a change to a kernel or its tiles asks for --save again: twice, as the oldest Triton that we support
+allocates registers otherwise and has tables of its own in aot/triton-3.6. --check compares what it
+compiled with those of its version.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from fusedpeft.bench.report import repo_root
 from fusedpeft.bench.sources import code_hash
 from fusedpeft.kernels.aot import OPS, SHARED_LIMIT, configs, measure, specs
 from fusedpeft.kernels.device import ARCHS
+
+OLDEST = "triton-3.6"
 
 
 def problems(row: dict) -> list[str]:
@@ -79,7 +82,10 @@ def markdown(rows: list[dict]) -> str:
 
 
 def committed(op: str) -> Path:
-    return checkout(None) / "bench" / "results" / "aot" / f"{op}.json"
+    """The table of this version of Triton."""
+    folder = checkout(None) / "bench" / "results" / "aot"
+    old = f"triton-{triton.__version__}".startswith(OLDEST + ".")
+    return (folder / OLDEST if old else folder) / f"{op}.json"
 
 
 def write(path: Path, rows: list[dict], more: dict) -> None:

@@ -74,8 +74,8 @@ def _up_config(arch: str, elem_bytes: int) -> dict:
 
 def _dw_config(E: int, arch: str, elem_bytes: int) -> dict:
     """Two accumulators [BLOCK_N, BLOCK_E]; past BLOCK_E x and dy are read once more."""
-    if elem_bytes == 4:
-        return _DW_FP32
+    if elem_bytes == 4:  # with four warps sm_90 is at the last register, or spills, by activation
+        return {**_DW_FP32, "num_warps": 8} if arch == "sm_90" else _DW_FP32
     e = 32 if E <= 32 else 64 if E <= 64 else 128
     m, stages = {"sm_80": (32 if e == 64 else 64, 2), "sm_90": (64, 3), "gfx942": (32, 1)}[arch]
     return _rows(m, 8192 // max(e, 64), e, 8, stages)  # with other m each chip spills

@@ -34,7 +34,8 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "gfx942": 65536}  # bytes a block
+# Bytes a block; of the smallest chips that take sm_80's tables (sm_86, sm_89, sm_120).
+SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "gfx942": 65536}
 _SHARED_SM = {"sm_80": 167936, "sm_90": 233472, "gfx942": 65536}  # bytes an SM or CU
 
 _OPTIONS = ("num_warps", "num_stages")

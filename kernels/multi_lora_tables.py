@@ -26,7 +26,8 @@ def multi_lora_config(
     )  # fmt: skip
     gemm = {k: v for k, v in add_config(M, N, arch, elem_bytes).items() if k != "HOLD"}
     # Of the narrowest tile, 32 spill on sm_80.
-    gemm["BLOCK_R"] = 16 if max_rank <= 16 or elem_bytes == 4 or M <= 16 else 32
+    full = arch == "sm_90" and gemm["BLOCK_N"] == 256  # 32 of an fp32 B spill there
+    gemm["BLOCK_R"] = 16 if max_rank <= 16 or elem_bytes == 4 or M <= 16 or full else 32
     return {"plan": {**PLAN_CONFIG, "ROWS": shrink["BLOCK_M"]}, "shrink": shrink, "gemm": gemm}
 
 

@@ -38,6 +38,8 @@ from fusedpeft.kernels.sums import ordered_sum
 
 __all__ = ["prefix_attention_bwd", "prefix_attention_fwd"]
 
+TINY = 1e-30  # of the scale: scores are 0 all the same
+
 
 def _aligned(t: Tensor) -> Tensor:
     """Unit inner stride, a tile within 32 bits, and a last dim that is a multiple of 16."""
@@ -133,6 +135,8 @@ def prefix_attention_bwd(
     causal: bool, scale: float, window: int, need: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(dq, dk, dv, dpk, dpv) in q's dtype, each empty where not needed."""
+    # The kernels divide by the scale: one near 0 is put right at the end.
+    scale, factor = (TINY, scale / TINY) if abs(scale) < TINY else (scale, 1.0)
     call = _Problem(q, k, v, pk, pv, mask, cu, ids, causal, scale, window)
     need_q, need_kv, need_prefix = need[0], need[1] or need[2], need[3] or need[4]
     dout, out = _aligned(dout), _aligned(out)
@@ -151,6 +155,9 @@ def prefix_attention_bwd(
             dk.zero_(), dv.zero_()
         if need_prefix:
             dpk, dpv = _launch_dprefix(call, dout, lse, delta, sizes)
+    if factor != 1.0:
+        for grad in (dq, dk, dpk):
+            grad.mul_(factor)
     grads = (dq, dk, dv, dpk, dpv)
     return tuple(call.cut(g) if n else q.new_empty(0) for g, n in zip(grads, need, strict=True))
 

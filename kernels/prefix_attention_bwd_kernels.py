@@ -160,39 +160,54 @@ def _prefix_attention_dq_kernel(
 
 
 @triton.jit
+def _by_query(ptr, ms, there, other, MODE: tl.constexpr):
+    """A number a query. NEAR, past the last of `there`: that one again, as their p is 0; a check
+    would cost a register each."""
+    if MODE == FULL:
+        return tl.load(ptr + ms)
+    elif MODE == NEAR:
+        return tl.load(ptr + tl.minimum(ms, there - 1))
+    else:
+        return tl.load(ptr + ms, mask=ms < there, other=other)
+
+
+@triton.jit
 def _add_queries(
     dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, mask_ptr, low, a, b, high, T, cols, end,
     since, until, scale, D, stride_q, stride_o, stride_mt, stride_ms,
     MODE: tl.constexpr, MASK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv over the queries [low, a) and [b, high) of one head.
+    """dk / scale and dv over the queries [low, a) and [b, high) of one head; FULL: tiles whole.
 
+    What is subtracted by query, the logsumexp and delta, is where the products' accumulators start:
+    beside a tile of keys by queries each of the two costs a register a query and thread.
     Keys past the end gather what nobody stores; queries past T have a p of 0.
     """
     ms = tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
+    less = -LOG2E / scale
+    zero = tl.zeros((k.shape[0], BLOCK_M), dtype=tl.float32)
     tiles = tl.cdiv(a - low, BLOCK_M)
     for i in range(tiles + tl.cdiv(high - b, BLOCK_M)):
         start = tl.where(i < tiles, low + i * BLOCK_M, b + (i - tiles) * BLOCK_M)
         rows = start + ms
-        lse = tl.load(lse_ptr + rows, mask=rows < T, other=-INF)
-        lse = tl.where(lse == -INF, INF, lse * LOG2E)
-        q = _load_other(q_ptr, stride_q, start, ms, ds, T, D, True)  # [BLOCK_M, BLOCK_D]
-        z = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_M]
-        if MODE != FULL:
+        lse = _by_query(lse_ptr + start, ms, T - start, -INF, MODE)
+        lse = tl.where(lse == -INF, INF, lse) * less
+        q = _load_other(q_ptr, stride_q, start, ms, ds, T, D, MODE != FULL)  # [BLOCK_M, BLOCK_D]
+        z = tl.dot(k, tl.trans(q), zero + lse[None, :], input_precision="ieee") * scale
+        if MODE == NEAR:  # z [BLOCK_N, BLOCK_M]
             ok = (rows[None, :] > since[:, None]) & (rows[None, :] < until[:, None])
             if MASK:
-                ptrs = mask_ptr + rows.to(tl.int64)[None, :] * stride_mt
-                ptrs += cols.to(tl.int64)[:, None] * stride_ms
-                bias = tl.load(ptrs, mask=ok & (cols < end)[:, None], other=0.0)
+                ptrs = mask_ptr + tl.minimum(rows, T - 1).to(tl.int64)[None, :] * stride_mt
+                bias = tl.load(ptrs + tl.minimum(cols, end - 1).to(tl.int64)[:, None] * stride_ms)
                 z += bias.to(tl.float32) * LOG2E
             z = tl.where(ok, z, -INF)
-        p = tl.exp2(z - lse[None, :])
-        dout = _load_other(dout_ptr, stride_o, start, ms, ds, T, D, True)  # [BLOCK_M, BLOCK_D]
+        p = tl.exp2(z)
+        dout = _load_other(dout_ptr, stride_o, start, ms, ds, T, D, MODE != FULL)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        delta = tl.load(delta_ptr + rows, mask=rows < T, other=0.0)
-        dz = p * (dp - delta[None, :])
+        delta = _by_query(delta_ptr + start, ms, T - start, 0.0, MODE)
+        # [BLOCK_N, BLOCK_M]
+        dz = p * tl.dot(v, tl.trans(dout), zero - delta[None, :], input_precision="ieee")
         dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -229,9 +244,9 @@ def _prefix_attention_dkv_kernel(
     before = keys - length
     last = tl.minimum(start + BLOCK_N, keys) - 1
     low, a, c, high = _seen(start - before, last - before, length, right, left, BLOCK_M, MASK)
-    # After the last query comes nobody: there a whole tile need not be full.
+    # Where the window reaches past the last query, the whole tiles do not end with it.
     to_end = (c > a) & (start - before + left >= length)
-    c = tl.where(to_end, tl.maximum(high, c), c)
+    c = tl.where(to_end, tl.maximum(length // BLOCK_M * BLOCK_M, c), c)
     since, until = _limits(cols - before, length, right, left)
     for group in range(groups):
         head = kv * groups + group
@@ -250,7 +265,10 @@ def _prefix_attention_dkv_kernel(
             low, a, c, high, length, cols, keys, since, until, scale * LOG2E, D,
             stride_qt, stride_ot, stride_mt, stride_ms, NEAR, MASK, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    at = ((memory * heads_kv + kv) * S + token + cols)[:, None] * D + ds[None, :]
+    place = ((memory * heads_kv + kv) * S + token + start) * D
+    dk_ptr += place
+    dv_ptr += place
+    at = ns[:, None] * D + ds[None, :]
     ok = (cols < keys)[:, None] & (ds < D)[None, :]
     tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=ok)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=ok)
@@ -309,7 +327,7 @@ def _prefix_attention_dprefix_kernel(
             dk, dv = _add_queries(
                 dk, dv, k, v, q_head, dout_head, lse_ptr + there, delta_ptr + there, q_ptr,
                 low, high, high, high, length, cols, P, 0, 0, scale * LOG2E, D,
-                stride_qt, stride_ot, 0, 0, FULL, False, BLOCK_M, BLOCK_D,
+                stride_qt, stride_ot, 0, 0, RAGGED, False, BLOCK_M, BLOCK_D,
             )  # fmt: skip
     at = (part.to(tl.int64) * prefixes + prefix) * heads_kv + kv
     at = (at * P + cols)[:, None] * D + ds[None, :]

@@ -123,9 +123,10 @@ def _hide(
     else:
         ok = (cols[None, :] > since[:, None]) & (cols[None, :] < until[:, None])
         if MASK:
-            ptrs = mask_ptr + rows.to(tl.int64)[:, None] * stride_mt
-            ptrs += cols.to(tl.int64)[None, :] * stride_ms
-            bias = tl.load(ptrs, mask=ok & (rows < T)[:, None], other=0.0)
+            # Past the ends the last is read: a check would cost a predicate an element.
+            ptrs = mask_ptr + tl.minimum(rows, T - 1).to(tl.int64)[:, None] * stride_mt
+            ptrs += tl.minimum(cols, end - 1).to(tl.int64)[None, :] * stride_ms
+            bias = tl.load(ptrs)
             z += bias.to(tl.float32) * LOG2E
     return tl.where(ok, z, -INF)
 
