@@ -46,6 +46,8 @@ def _attention(
             raise InputError(
                 f"PrefixTuning: {type(module).__name__} asks for {name}: not supported"
             )
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = _added(attention_mask, query.dtype)  # a caller's own, of four dimensions
     causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
     tokens = query.shape[2]
     if causal and 1 < tokens < key.shape[2]:  # a static cache, empty so far: what follows is unset

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -54,16 +55,26 @@ class Projection(nn.Module):
         """[P, 2 · layers · HKV · D]: key and value of layer 0, of layer 1, …"""
         return self.up(torch.tanh(self.down(self.embedding)))
 
+    def of_layer(self, i: int, width: int) -> Tensor:
+        """[P, width]: what forward() has of layer i."""
+        own = slice(i * width, (i + 1) * width)
+        hidden = torch.tanh(self.down(self.embedding))
+        return F.linear(hidden, self.up.weight[own], self.up.bias[own])
+
 
 class AttentionPrefixes(nn.Module):
     """A child of each attention module: its share of each prefix, and which one acts."""
 
-    def __init__(self, root: Prefixes) -> None:
+    def __init__(self, root: Prefixes, index: int) -> None:
         super().__init__()
         self._root = (root,)  # in a tuple: not its child
+        self.index = index  # of the layer
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
         self.folded: dict[str, tuple[Tensor, Tensor]] = {}  # from projections, at each forward
+        # Those that were read without gradients though they have some: reentrant checkpointing. It
+        # goes back through each layer alone, which the one graph of all layers does not outlive.
+        self.alone: set[str] = set()
         self.route: tuple[list[str], Tensor] | None = None  # within `rows`: names, ids into them
 
     def current(self) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -90,10 +101,18 @@ class AttentionPrefixes(nn.Module):
         if name in self.adapters:
             own = self.adapters[name]
             return own.prefix_key, own.prefix_value
-        return self.folded[name]
+        key, value = self.folded[name]
+        if not torch.is_grad_enabled():
+            if key.requires_grad:
+                self.alone.add(name)
+        elif name in self.alone:
+            heads, _, dim = key.shape
+            flat = self._root[0].projections[name].of_layer(self.index, 2 * heads * dim)
+            return split(flat, Shape(1, heads, dim, heads * dim))[0]
+        return key, value
 
     def __getstate__(self) -> dict:  # a copy of the model makes its own
-        return {**self.__dict__, "folded": {}}
+        return {**self.__dict__, "folded": {}, "alone": set()}
 
 
 class Prefixes(nn.Module):
@@ -151,7 +170,9 @@ class Prefixes(nn.Module):
             return
         layers = attention_layers(stack)
         for layer, pair in zip(layers, split(projection(), shape_of(stack)), strict=True):
-            getattr(layer, CHILD).folded[name] = pair
+            own = getattr(layer, CHILD)
+            own.folded[name] = pair
+            own.alone.discard(name)
         self._folded_from[name] = () if grad else made_from
 
     def length_of(self, stack: nn.Module, name: str) -> int:
@@ -309,8 +330,8 @@ def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> Non
         for module in positions_of(stack):
             root._handles.append(module.register_forward_pre_hook(root.shift, with_kwargs=True))
         stack.add_module(CHILD, root)
-        for layer in layers:
-            layer.add_module(CHILD, AttentionPrefixes(root))
+        for i, layer in enumerate(layers):
+            layer.add_module(CHILD, AttentionPrefixes(root, i))
         model.set_attn_implementation(IMPLEMENTATION)
     like = next(layers[0].parameters())
     if config.projection is None:

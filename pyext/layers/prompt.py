@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, Cache, PreTrainedModel
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import PromptTuning
@@ -38,16 +38,15 @@ class Prompts(nn.Module):
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         self._cut = 0
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache = cache_in(given)
+        length = 0 if self.active is None else len(self.prompts[self.active])
+        first = begins("PromptTuning", cache, length)
         if self.active is None:
             return args, kwargs
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         prompt, ids, embeds = (
             self.prompts[self.active], given.get("input_ids"), given.get("inputs_embeds")
         )  # fmt: skip
-        cache = given.get("cache")  # transformers' new name
-        cache = given.get("past_key_values") if cache is None else cache
-        first = cache is None or cache.get_seq_length() == 0
-        length = len(prompt)
         tokens = (ids if embeds is None else embeds).shape[1]
         if self.room is not None and tokens + length > self.room:
             raise InputError(
@@ -89,9 +88,12 @@ class Prompts(nn.Module):
 
 
 def without_front(output, length: int):
-    """What a stack gives back, less the first `length` positions."""
+    """What a stack gives back, less the first `length` positions; its cache knows of them."""
     if not length:
         return output
+    for part in output if isinstance(output, tuple) else output.values():
+        if isinstance(part, Cache):
+            setattr(part, _CHILD, length)
     if isinstance(output, tuple):
         return (output[0][:, length:], *output[1:])
     output.last_hidden_state = output.last_hidden_state[:, length:]
@@ -102,6 +104,49 @@ def keep_mask(*, attention_mask: Tensor | None = None, **_) -> Tensor | None:
     """What generate() is to pass on beside a static cache: [B, T], which the prompt can go before,
     and not the four dimensions that it makes of it."""
     return attention_mask
+
+
+class Continue:
+    """A model's prepare_inputs_for_generation. What follows a filled cache, generate() counts from
+    the cache's length, in which the prompt's positions are and its tokens are not."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # generate() looks for names in it
+        return inspect.signature(type(self.model).prepare_inputs_for_generation)
+
+    def __call__(self, input_ids: Tensor, **kwargs) -> dict:
+        count, cache = kwargs.get("next_sequence_length"), cache_in(kwargs)
+        if count is not None and cache is not None:
+            embeds = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
+            total = (input_ids if embeds is None else embeds).shape[1]
+            if count == total - cache.get_seq_length() < total:
+                kwargs["next_sequence_length"] = count + getattr(cache, _CHILD, 0)
+        own = type(self.model).prepare_inputs_for_generation
+        return own(self.model, input_ids, **kwargs)
+
+
+def cache_in(kwargs: Mapping) -> Cache | None:
+    """The cache among the arguments, under transformers' new name or its old one."""
+    cache = kwargs.get("cache")
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def begins(who: str, cache: Cache | None, length: int) -> bool:
+    """Whether a prompt of `length` is still to go before what the cache will hold. Raises
+    InputError for a cache that was filled behind one of another length, or behind none."""
+    if cache is None or cache.get_seq_length() == 0:
+        if hasattr(cache, _CHILD):  # filled again, perhaps without a prompt
+            delattr(cache, _CHILD)
+        return True
+    if (got := getattr(cache, _CHILD, 0)) != length:
+        raise InputError(
+            f"{who}: expected a cache that was filled behind a prompt of {length}, as acts now, "
+            f"got one of {got}: give the whole text with a new cache"
+        )
+    return False
 
 
 def make_room(cache, length: int) -> None:
@@ -155,22 +200,25 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
-    weight = getattr(model.base_model.get_input_embeddings(), "weight", None)
+    embedding = _stack_of(model).get_input_embeddings()
+    weight = getattr(embedding, "weight", None)
     if weight is None or weight.ndim != 2 or not list(attention_layers(_stack_of(model))):
         raise InputError(
             f"PromptTuning: expected a model of text, with embeddings of tokens, in {kind}"
         )
-    weight = weight.detach()
     vocabulary, hidden = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if config.init == "random":
-        values = torch.empty(config.length, hidden, dtype=dtype, device=weight.device)
-        return values.normal_(std=weight.to(dtype).std().item())
-    if config.init == "vocab":
+        ids = torch.arange(vocabulary, device=weight.device)
+    elif config.init == "vocab":
         ids = torch.randint(vocabulary, (config.length,), device=weight.device)
     else:
         ids = _text_ids(config, vocabulary).to(weight.device)
-    return weight[ids].to(dtype)
+    with torch.no_grad():
+        values = embedding(ids).to(dtype)  # Gemma's and BART's scale what they look up
+    if config.init == "random":
+        return values.new_empty(config.length, hidden).normal_(std=values.std().item())
+    return values
 
 
 def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
@@ -210,6 +258,7 @@ def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> No
             root._handles.append(decoder.register_forward_pre_hook(root.widen, with_kwargs=True))
         else:
             model.create_masks_for_generate = keep_mask
+            model.prepare_inputs_for_generation = Continue(model)
     root.prompts[name] = nn.Parameter(values)
 
 
@@ -235,7 +284,8 @@ def remove(model: nn.Module, name: str) -> None:
         for handle in root._handles:
             handle.remove()
         delattr(stack, _CHILD)
-        model.__dict__.pop("create_masks_for_generate", None)
+        for name in ("create_masks_for_generate", "prepare_inputs_for_generation"):
+            model.__dict__.pop(name, None)
 
 
 def prompt_of(model: nn.Module, name: str) -> nn.Parameter:

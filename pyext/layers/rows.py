@@ -21,14 +21,22 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     LoRA of any ranks, DoRA, bottleneck adapters in any placement, prefixes of one length; they may
     meet in a batch. W is read once for all rows. It trains as well: those that `activate` chose get
     gradients, each from its own rows. Not for prompts, heads and full fine-tuning, which change
-    more than rows. Raises InputError for an unknown name, a method that cannot, prefixes of several
-    lengths, a merged model, and in forward for a batch of another size.
+    more than rows. Raises InputError for an unknown name, a method that cannot, also where one is
+    active, prefixes of several lengths, a merged model, and in forward for a batch of another
+    size.
     """
     inner = unwrap(model)
-    if isinstance(names, str) or not names:
+    if isinstance(names, str) or not isinstance(names, Sequence) or not names:
         raise InputError(f"rows: expected a list of names, one for each row, got {names!r}")
     state = state_of(inner)
     require_unmerged(state, "choose by row")
+    for name in state.active:
+        if not hasattr(METHODS[type(state.configs[name])], "route"):
+            kind = type(state.configs[name]).__name__
+            raise InputError(
+                f"rows: {name!r}, a {kind}, is active and acts on whole batches: activate None or "
+                "others first"
+            )
     for name in dict.fromkeys(n for n in names if n is not None):
         state_of(inner, name)
         if not hasattr(METHODS[type(state.configs[name])], "route"):

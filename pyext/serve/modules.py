@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class Batch:
     """What one thread computes now: the slot of each row, and what its modules leave each other."""
 
-    def __init__(self, slots: Tensor, sizes: list[list[int] | None]) -> None:
+    def __init__(self, slots: Tensor, sizes: list[list[int] | None], by_token: bool) -> None:
         self.slots = slots
+        self.by_token = by_token
         self.sizes = sizes  # of each row's adapter by column, None for a row without
         self.by_rows = {slots.shape[0]: slots}  # rows of x -> the slot of each
         self.made: dict = {}  # by a served module: what it has found out for this batch
@@ -46,12 +47,14 @@ class Batch:
         self.cut = 0  # positions of soft prompts in front
 
     def of(self, x: Tensor) -> Tensor:
-        """x [rows, …, K]: the slot of a row of the batch goes for all of its tokens."""
+        """x [rows, …, K]: the slot of a row of the batch goes for all of its tokens, if not by
+        token."""
         rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
         count = self.slots.shape[0]
-        if rows != count and x.shape[0] != count:
+        if (rows if self.by_token else x.shape[0]) != count:
+            what = "tokens" if self.by_token else "rows"
             raise ValueError(
-                f"batch: expected {count} rows, one for each name, got x {tuple(x.shape)}"
+                f"batch: expected {count} {what}, one for each name, got x {tuple(x.shape)}"
             )
         found = self.by_rows.get(rows)
         if found is None:
@@ -93,8 +96,16 @@ class _Group:
 
     def compute(self, x: Tensor, batch: Batch) -> Tensor:
         slots = batch.of(x)
-        y = self.few(x, slots)
-        return multi_lora_linear(x, self.w, self.slots, slots, self.bias) if y is None else y
+        try:
+            y = self.few(x, slots)
+            return multi_lora_linear(x, self.w, self.slots, slots, self.bias) if y is None else y
+        except TypeError as error:
+            if x.dtype == self.w.dtype:
+                raise
+            raise InputError(
+                f"batch: expected {self.w.dtype}, as the model had when it was installed, got "
+                f"{x.dtype}: uninstall it before it is converted, and make a pool for it anew"
+            ) from error
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -158,12 +169,13 @@ class Serving:
         self.undo = ()
 
     @contextmanager
-    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+    def batch(self, names: Sequence[str | None], by_token: bool) -> Iterator[None]:
         pool, before = self.pool, getattr(self.local, "batch", None)
         slots = pool.acquire(names)
         try:
             where = torch.tensor(slots, dtype=torch.int32, device=pool.device)
-            self.local.batch = Batch(where, [None if s < 0 else pool.sizes(s) for s in slots])
+            sizes = [None if s < 0 else pool.sizes(s) for s in slots]
+            self.local.batch = Batch(where, sizes, by_token)
             with torch.no_grad():
                 yield
         finally:

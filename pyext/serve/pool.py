@@ -113,6 +113,11 @@ class AdapterPool:
                 "LoRA"
             )
         if not isinstance(targets, str):
+            if not isinstance(targets, Sequence) or not all(isinstance(t, str) for t in targets):
+                raise InputError(
+                    f"targets: expected 'all-linear', a regular expression or a list of names, got "
+                    f"{targets!r}"
+                )
             targets = tuple(targets)
         weight = next(p for p in model.parameters() if p.is_floating_point())
         dtype = weight.dtype if dtype is None else dtype
@@ -226,6 +231,13 @@ class AdapterPool:
         memory is copied to the device first. Raises InputError for a name that is not there and
         ValueError where no slot can be had for one; nothing is held then.
         """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise InputError(f"names: expected a list, one for each row, got {names!r}")
+        for name in names:
+            if name is not None and not (isinstance(name, str) and name):
+                raise InputError(
+                    f"names: expected an adapter's name or None, the base alone, got {name!r}"
+                )
         asked = [name or "" for name in names]
         slots = self._table.acquire(asked)
         try:
@@ -372,6 +384,12 @@ class AdapterPool:
         """Makes the model what it was."""
         self._serving.uninstall()
 
-    def batch(self, names: Sequence[str | None]) -> AbstractContextManager:
-        """Inside, the installed model computes row i of its batch with the adapter names[i]."""
-        return self._serving.batch(names)
+    def batch(
+        self, names: Sequence[str | None], *, by_token: bool = False
+    ) -> AbstractContextManager:
+        """Inside, the installed model computes row i of its batch with the adapter names[i].
+
+        by_token: token i instead, of a batch in which sequences are packed; for LoRA and bottleneck
+        adapters. In forward raises ValueError for another number of rows, or of tokens.
+        """
+        return self._serving.batch(names, by_token)

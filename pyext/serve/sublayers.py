@@ -233,19 +233,18 @@ class _Prompts(_Served):
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         batch = self.batch()
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        lengths = [0] if batch is None else self.lengths(batch)
+        most, cache = max(lengths), prompt.cache_in(given)
+        first = prompt.begins("batch", cache, most)
         if batch is None:
             return args, kwargs
         batch.cut = 0
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         tokens = ids if embeds is None else embeds
         rows, count = tokens.shape[:2]
-        lengths = self.lengths(batch)
         _check_rows(batch, rows)
-        cache = given.get("cache")  # transformers' new name
-        cache = given.get("past_key_values") if cache is None else cache
-        past = 0 if cache is None else cache.get_seq_length()
-        most = max(lengths)
+        past = 0 if first else cache.get_seq_length()
         own, front = self._front(batch, lengths, most)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
@@ -296,3 +295,5 @@ def _install_prompts(model: nn.Module, found, undo: ExitStack) -> None:
         undo.callback(handle.remove)
     model.create_masks_for_generate = prompt.keep_mask
     undo.callback(delattr, model, "create_masks_for_generate")
+    model.prepare_inputs_for_generation = prompt.Continue(model)
+    undo.callback(delattr, model, "prepare_inputs_for_generation")

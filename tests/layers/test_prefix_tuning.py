@@ -123,8 +123,9 @@ def test_a_sliding_window_does_not_hide_the_prefix(ids, with_prefix):
     assert (key.grad.abs().sum((0, 2)) > 0).all()
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("projection", [None, 7])
-def test_checkpointing_changes_no_gradient(build, ids, projection, with_prefix):
+def test_checkpointing_changes_no_gradient(build, ids, projection, reentrant, with_prefix):
     model = with_prefix(build(), projection=projection).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -137,9 +138,20 @@ def test_checkpointing_changes_no_gradient(build, ids, projection, with_prefix):
         return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
     plain = gradients()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for one, two in zip(gradients(), plain, strict=True):
-        torch.testing.assert_close(one, two)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    for _ in range(2):
+        for one, two in zip(gradients(), plain, strict=True):
+            torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_mask_of_four_dimensions(llama, ids, kind, with_prefix):
+    model = with_prefix(llama)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 1, 9, 9)
+    given = mask if kind == torch.bool else torch.zeros(mask.shape).masked_fill(~mask, -1e9)
+    torch.testing.assert_close(model(ids, attention_mask=given).logits, model(ids).logits)
 
 
 def test_attention_dropout_acts_on_the_weights(ids, with_prefix):

@@ -78,19 +78,66 @@ def test_generates_alike_with_every_cache(build, ids, lively):
     assert not torch.equal(model.generate(ids, **options), growing)
 
 
-def test_scaled_embeddings(ids):
-    """Gemma multiplies what its embedding gives: the prompt stands beside that."""
+@pytest.mark.parametrize("more", [1, 3, 7])  # tokens of a second turn: fewer than P, and more
+def test_a_second_turn_on_the_cache(build, ids, lively, more):
+    model = fp.attach(lively(build()), fp.PromptTuning(length=P, init="vocab"))
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    for given in (model, copy.deepcopy(model)):
+        first = given.generate(ids, return_dict_in_generate=True, **options)
+        turn = torch.cat((first.sequences, ids[:, :more]), 1)
+        second = given.generate(turn, cache=first.cache, **options)
+        assert torch.equal(second, model.generate(turn, use_cache=False, **options))
+
+
+def test_a_cache_of_another_prompt(llama, ids):
+    options = {"max_new_tokens": 2, "pad_token_id": 0, "eos_token_id": None}
+
+    def turn(cache):
+        text = torch.cat((ids, ids[:, :3]), 1)
+        return llama.generate(text, cache=cache, return_dict_in_generate=True, **options)
+
+    plain = turn(None).cache
+    fp.attach(llama, fp.PromptTuning(length=P))
+    prompted = turn(transformers.StaticCache(config=llama.config, max_cache_len=24)).cache
+    with pytest.raises(InputError, match="behind a prompt of 4, as acts now, got one of 0: give"):
+        turn(plain)
+    fp.activate(llama, None)
+    with pytest.raises(InputError, match="behind a prompt of 0, as acts now, got one of 4: give"):
+        turn(prompted)
+    prompted.reset()
+    for _ in range(2):  # empty, then filled behind no prompt
+        assert turn(prompted).sequences.shape == (2, 14)
+
+
+@pytest.fixture
+def gemma():
     config = transformers.GemmaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=1, head_dim=8, pad_token_id=0,
     )  # fmt: skip
-    model = transformers.GemmaForCausalLM(config).eval()
+    return transformers.GemmaForCausalLM(config).eval()
+
+
+def test_scaled_embeddings(gemma, ids):
+    """Gemma multiplies what its embedding gives: the prompt stands beside that."""
+    model = gemma
     fp.attach(model, fp.PromptTuning(length=P))
     embeds = model.get_input_embeddings()(ids)
     whole = torch.cat((prompt_parameter(model).expand(2, -1, -1), embeds), 1)
     prompted = model(ids).logits
     fp.activate(model, None)
     torch.testing.assert_close(model(inputs_embeds=whole).logits[:, P:], prompted)
+
+
+def test_starts_from_scaled_embeddings(gemma, ids, words):
+    front = torch.tensor([[3, 5, 7, 8]] * len(ids))
+    expected = gemma(torch.cat((front, ids), 1)).logits[:, P:]
+    fp.attach(gemma, fp.PromptTuning(P, "text", "w2 w4 w6 w7", words))
+    torch.testing.assert_close(gemma(ids).logits, expected)
+    fp.detach(gemma)
+    fp.attach(gemma, fp.PromptTuning(2000, "random"))
+    spread = gemma.get_input_embeddings().weight.std() * 24**0.5
+    assert abs(prompt_parameter(gemma).std() / spread - 1) < 0.05
 
 
 def test_the_base_returns(build, ids):
@@ -105,6 +152,7 @@ def test_the_base_returns(build, ids):
     assert torch.equal(model(ids).logits, before)
     assert [name for name, _ in model.named_modules()] == names
     assert "create_masks_for_generate" not in vars(model)
+    assert "prepare_inputs_for_generation" not in vars(model)
 
 
 def test_beside_a_prefix_and_lora(llama, ids):

@@ -95,19 +95,33 @@ def test_the_state_returns_after_an_error(model, many):
         assert torch.equal(model(many).logits, before)
 
 
+@pytest.mark.parametrize(
+    "config", [fp.PromptTuning(length=2), fp.OutputLayer(), fp.FullFineTuning()]
+)
+def test_nothing_active_acts_on_whole_batches(model, many, config):
+    fp.attach(model, config, "whole")
+    fp.activate(model, ["whole", "small"])
+    kind = type(config).__name__
+    with pytest.raises(InputError, match=f"rows: 'whole', a {kind}, is active .* activate None"):
+        with fp.rows(model, [None, "small"]):
+            pass
+
+
 def test_bad_input(model, many):
     fp.attach(model, fp.PromptTuning(length=2), "prompt")
     fp.attach(model, fp.PrefixTuning(length=4), "longer")
+    fp.activate(model, None)
     for names, message in (
         ("small", "rows: expected a list of names, one for each row, got 'small'"),
         ([], r"rows: expected a list of names"),
+        (5, "rows: expected a list of names, one for each row, got 5"),
+        (iter(["small"]), "rows: expected a list of names, .*got <list_iterator"),
         (["smal"], "no adapter is named 'smal'; did you mean 'small'"),
         (["prompt"], "rows: 'prompt' is a PromptTuning, which acts on whole batches"),
         (["prefix", "longer"], "expected prefixes of one length, got {'prefix': 3, 'longer': 4}"),
     ):
         with pytest.raises(InputError, match=message), fp.rows(model, names):
             pass
-    fp.activate(model, None)
     for name in ("small", "houlsby", "prefix"):
         with pytest.raises(ValueError, match="expected .*3"), fp.rows(model, [name] * 3):
             model(many[:2])

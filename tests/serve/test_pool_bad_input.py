@@ -45,6 +45,8 @@ def test_misfits_are_refused_before_anything_is_written(one_linear, case):
         ({"max_rank": 0}, "all are 0"),
         ({"host_bytes": 1.5}, "host_bytes: expected a whole number"),
         ({"targets": ["q_prj"]}, "did you mean 'q_proj'"),
+        ({"targets": 5}, "targets: expected 'all-linear', a regular expression or a list .*got 5"),
+        ({"targets": [5]}, r"targets: expected .* got \[5\]"),
         ({"dtype": torch.float16}, "dtype: expected torch.float32"),
     ],
 )
@@ -90,6 +92,14 @@ def test_bad_checkpoints(llama, tmp_path):
     assert "bad" not in pool and pool.slot("good") == 0
 
 
+def test_a_model_that_was_converted_while_installed(llama, ids):
+    pool = fp.AdapterPool.for_model(llama, slots=1, max_rank=2)
+    pool.install(llama)
+    llama.to(torch.bfloat16)
+    with pool.batch([None] * 4), pytest.raises(InputError, match="got torch.bfloat16: uninstall"):
+        llama(ids)
+
+
 def test_names(one_linear):
     pool, _, adapters = one_linear()
     for name in ("", None, 3):
@@ -98,6 +108,14 @@ def test_names(one_linear):
     pool.put("support", adapters["a"])
     with pytest.raises(InputError, match="no adapter is named 'suport'.*did you mean 'support'"):
         pool.acquire(["suport"])
+    for names, said in (
+        (None, "expected a list, one for each row, got None"),
+        ("support", "expected a list, one for each row, got 'support'"),
+        ([5], "expected an adapter's name or None, the base alone, got 5"),
+        ([""], "expected an adapter's name or None, the base alone, got ''"),
+    ):
+        with pytest.raises(InputError, match=f"names: {said}"), pool.batch(names):
+            pass
     with pytest.raises(InputError, match="no adapter is named"):
         pool.evict("x")
     with pytest.raises(InputError, match="did you mean '0'|there are '0'"):

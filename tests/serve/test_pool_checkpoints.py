@@ -59,7 +59,7 @@ def test_a_token_each(build, ids, peft_adapter):
     folder, theirs = peft_adapter(base, config)
     pool.load("a", folder)
     pool.install(base)
-    with pool.batch(["a"] * 9):
+    with pool.batch(["a"] * 9, by_token=True):
         packed = base(ids[:1]).logits
     torch.testing.assert_close(packed, theirs(ids[:1]).logits, rtol=0, atol=1e-5)
     with pool.batch(["a", None]):
@@ -70,6 +70,10 @@ def test_a_token_each(build, ids, peft_adapter):
     )  # fmt: skip
     with pool.batch(["a", "a"]), pytest.raises(ValueError, match="batch: expected 2 rows"):
         base(ids)
+    with pool.batch(["a"] * 4), pytest.raises(ValueError, match="batch: expected 4 rows"):
+        base(ids[:1, :4])  # as many tokens
+    with pool.batch(["a"] * 4, by_token=True), pytest.raises(ValueError, match="expected 4 tokens"):
+        base(ids)  # as many rows
 
 
 def test_threads_share_an_installed_model(build, ids, peft_adapter):

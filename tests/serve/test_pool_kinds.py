@@ -114,6 +114,19 @@ def test_generation(build, ids, adapted, kind, lively):
             assert torch.equal(got[row], alone[name].generate(**one, **NEW)[0])
 
 
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_a_second_turn_on_the_cache(build, ids, adapted, kind, lively):
+    base = lively(build())
+    pool = fp.AdapterPool.for_model(base, slots=3, max_rank=4, **KINDS[kind])
+    filled(pool, base, adapted, CONFIGS[kind])
+    pool.install(base)
+    with pool.batch(["a", "b", None, "c"]):
+        first = base.generate(ids, return_dict_in_generate=True, **NEW)
+        turn = torch.cat((first.sequences, ids[:, :3]), 1)
+        second = base.generate(turn, cache=first.cache, **NEW)
+        assert torch.equal(second, base.generate(turn, use_cache=False, **NEW))
+
+
 def test_every_kind_in_one_batch(build, ids, adapted, lively):
     """And one adapter that is of all kinds."""
     base = lively(build())
