@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -144,7 +144,7 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
     merged.
     """
     model = unwrap(model)
-    wanted = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names or ()))
+    wanted = _names(names)
     state = state_of(model)
     for name in wanted:
         state_of(model, name)
@@ -154,6 +154,15 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> None:
     for method, own in state.by_method(wanted).items():
         method.activate(model, tuple(own))
     state.active = wanted
+
+
+def _names(given: object) -> tuple[str, ...]:
+    """Each once, in their order. Raises InputError."""
+    names = (given,) if isinstance(given, str) else () if given is None else given
+    names = tuple(names) if isinstance(names, Iterable) else (given,)
+    if not all(isinstance(name, str) for name in names):
+        raise InputError(f"activate: expected an adapter's name, several or None, got {given!r}")
+    return tuple(dict.fromkeys(names))
 
 
 def detach(model: nn.Module, name: str = "default") -> None:

@@ -13,8 +13,9 @@ class Block(NamedTuple):
     """A layer. What attention and ffn put out is added to the residual stream.
 
     With norms before (Llama, GPT-2, T5) the input of `ffn_in` is the stream and the output of `out`
-    is what leaves the layer. With norms after (BERT, BART) the input of `ffn_in` is the stream as
-    well, and `out` is the last norm: it takes stream + ffn.
+    is what leaves the layer; so it is with norms of what is added (OLMo-2). With norms after the
+    sum (BERT, BART) the input of `ffn_in` is the stream as well, and `out` is the last norm: it
+    takes stream + ffn.
     """
 
     path: str
@@ -28,7 +29,7 @@ class Block(NamedTuple):
 
 _HUB = ("attention_adapters", "output_adapters")
 # Class of the layer -> names of attention, ffn, ffn_in, out; post_norm; hub. The first match whose
-# names are all there. Layers with the names of the general ones follow their order of norms.
+# names are all there, a fifth one too: by the norms they have, layers tell where those stand.
 _KINDS = (
     (r"T5Block", ("layer.0.dropout", "layer.-1.dropout", "layer.-1.layer_norm", "layer.-1"), False,
      ("layer.0", "layer.-1")),
@@ -38,7 +39,8 @@ _KINDS = (
      ("attention.output", "output")),
     (r".*", ("post_attention_layernorm", "post_feedforward_layernorm",
              "pre_feedforward_layernorm", ""), False, _HUB),
-    (r".*", ("self_attn", "mlp", "post_attention_layernorm", ""), False, _HUB),
+    (r".*", ("post_attention_layernorm", "post_feedforward_layernorm", "mlp", ""), False, _HUB),
+    (r".*", ("self_attn", "mlp", "post_attention_layernorm", "", "input_layernorm"), False, _HUB),
     (r"GPT2Block", ("attn", "mlp", "ln_2", ""), False, _HUB),
 )  # fmt: skip
 
@@ -65,5 +67,5 @@ def blocks(model: nn.Module) -> Iterator[Block]:
                 if re.fullmatch(kind, type(layer).__name__) and None not in places:
                     last = "" if hub is _HUB else str(len(getattr(layer, "layer", ())) - 1)
                     there = tuple(name.replace("-1", last) for name in hub)
-                    yield Block(f"{path}.{at}", *places, post_norm, there)
+                    yield Block(f"{path}.{at}", *places[:4], post_norm, there)
                     break

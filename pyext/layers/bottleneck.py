@@ -14,6 +14,7 @@ Each is one call of `ops.bottleneck_adapter`, from a hook on the module whose ou
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -180,7 +181,14 @@ def plan(model: nn.Module, config: BottleneckAdapter, strict: bool) -> list[Bloc
     if not found:
         raise InputError(
             "BottleneckAdapter: expected a model whose layers are known (Llama, Mistral, Qwen, "
-            f"Gemma, GPT-2, BERT, RoBERTa, BART, T5, or built alike), got {type(model).__name__}"
+            "Gemma, OLMo, GPT-2, BERT, RoBERTa, BART, T5, or built alike), got "
+            f"{type(model).__name__}"
+        )
+    if config.norm == "rms_norm":
+        warnings.warn(
+            "BottleneckAdapter: norm='rms_norm' trains, but save_adapter cannot write it, as "
+            "AdapterHub's format has none: take norm='layer_norm' for an adapter to keep",
+            stacklevel=4,
         )
     return found
 

@@ -39,7 +39,15 @@ from fusedpeft.layers.peft_config import (
     selects_modules,
     to_peft,
 )
-from fusedpeft.layers.peft_heads import add_head, check_head, head_beside, take_head
+from fusedpeft.layers.peft_heads import (
+    add_head,
+    check_head,
+    drop_base,
+    head_beside,
+    known_heads,
+    output_layer,
+    take_head,
+)
 from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of
 from fusedpeft.layers.prompt import prompt_of
 from fusedpeft.layers.targets import match_targets, of_body
@@ -85,6 +93,12 @@ def _umask() -> int:
     return mask
 
 
+def _folder(what: str, given: object) -> Path:
+    if not isinstance(given, (str, os.PathLike)):
+        raise InputError(f"{what}: expected a folder's path, got {given!r}")
+    return Path(given)
+
+
 def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Path:
     """Write an adapter in PEFT's format, for `PeftModel.from_pretrained(base, dir)` or
     `load_adapter`; a bottleneck adapter in AdapterHub's (layers/adapterhub.py), which PEFT does not
@@ -92,16 +106,16 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
 
     Keys `base_model.model.<path>.lora_A.weight` [R, K], `.lora_B.weight` [N, R] and, with DoRA,
     `.lora_magnitude_vector` [N]; a prefix is one tensor `prompt_embeddings` [P, 2·layers·HKV·D],
-    its projection folded away, a prompt one [P, d]; in the parameters' dtype. A classifier attached
-    as OutputLayer under `<name>_head` goes with it, as PEFT's modules_to_save. The prefix of an
+    its projection folded away, a prompt one [P, d]; in the parameters' dtype. A head attached as
+    OutputLayer under `<name>_head` goes with it, as PEFT's modules_to_save. The prefix of an
     encoder-decoder is for `load_adapter` alone, which reads PEFT's as well. Under FSDP2 every rank
     calls it. Killed at any moment it leaves the old adapter, the new one, or none that loads: never
     new weights under old settings.
-    Raises InputError for an unknown name and where `dir` is a file.
+    Raises InputError for an unknown name and where `dir` is a file or cannot be made.
     """
     model = unwrap(model)
     config = state_of(model, name).configs[name]
-    folder = Path(dir)
+    folder = _folder("save_adapter", dir)
     if isinstance(config, BottleneckAdapter):
         adapterhub.to_hub(config, model, name)  # what cannot be written is said before any is
     if isinstance(config, FullFineTuning):
@@ -110,6 +124,10 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"save_adapter: expected a folder, {error.filename} is a file") from error
+    except OSError as error:
+        raise InputError(
+            f"save_adapter: cannot make the folder {folder} ({error.strerror}): name another"
+        ) from error
 
     weights_name = WEIGHTS_NAME
     if isinstance(config, LoRA):
@@ -168,15 +186,15 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     AdapterHub, or either that `save_adapter` wrote to `dir`, active and trainable, under `name`
     (free so far); returns the model.
 
-    Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. A classifier that PEFT saved with it becomes
-    an OutputLayer `<name>_head`, active beside it. Raises InputError, before the model is
+    Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. A head that PEFT saved with it becomes an
+    OutputLayer `<name>_head`, active beside it. Raises InputError, before the model is
     changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
     PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra or of another
     shape, as in an adapter for another base.
     """
     inner = unwrap(model)
-    folder = Path(dir)
-    config, raw = read_config(folder)
+    folder = _folder("load_adapter", dir)
+    config, raw = read_config(folder, known_heads(inner))
     check_new(inner, name)
     if isinstance(config, BottleneckAdapter):
         _load_bottleneck(folder, inner, config, name, raw)
@@ -185,9 +203,12 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     if isinstance(config, FeatureBased | OutputLayer):
         _load_head(folder, inner, config, name, tensors)
         return model
-    head = take_head(tensors, _PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX)
-    check_head(folder / WEIGHTS_NAME, inner, name, head, raw.get("modules_to_save") or ())
+    start = _PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX
+    saved = raw.get("modules_to_save") or ()
+    head = take_head(tensors, start, inner, saved)
+    check_head(folder / WEIGHTS_NAME, inner, name, head, saved)
     if isinstance(config, LoRA):
+        drop_base(folder / WEIGHTS_NAME, start, inner, tensors)
         _load_lora(folder, inner, config, name, tensors, selects_modules(raw), bool(head))
     else:
         two = raw.get("num_transformer_submodules") == 2
@@ -208,8 +229,9 @@ def _load_lora(
 ) -> None:
     by_path, extra = lora_by_path(tensors)
     if head and config.targets != ALL_LINEAR:
-        # A target's name may match in the classifier, which is saved whole.
-        found = [p for p in match_targets(model, config.targets, strict=False) if of_body(p)]
+        # A target's name may match in the head, which is saved whole.
+        found = match_targets(model, config.targets, strict=False)
+        found = [p for p in found if of_body(p) and p != output_layer(model)]
         config = LoRA(**{**vars(config), "targets": tuple(found)})
     if selected and by_path:
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.

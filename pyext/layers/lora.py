@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedpeft.errors import InputError
 from fusedpeft.layers.routing import Route, check_rows
 from fusedpeft.ops import lora_linear, lora_linear_multi
 
@@ -110,12 +111,14 @@ class LoraLinear(nn.Module):
 
     x [*, K] -> [*, N]. `transposed` is GPT-2's Conv1D, whose weight is [K, N]: a view serves.
     The fused call reads the base's weight and bias and does not call the base, so hooks belong on
-    this module.
+    this module. The base's parameters are this module's own, by the names they had without it:
+    `save_pretrained` writes what `from_pretrained` reads, and `tie_weights` finds them.
     """
 
     def __init__(self, base_layer: nn.Module, transposed: bool):
         super().__init__()
-        self.base_layer = base_layer
+        object.__setattr__(self, "base_layer", base_layer)  # no child: its dict is shared instead
+        self._parameters = base_layer._parameters
         self.adapters = nn.ModuleDict()
         self.transposed = transposed
         shape = base_layer.weight.shape
@@ -126,14 +129,19 @@ class LoraLinear(nn.Module):
         self._siblings: Siblings | None = None
         self.training = base_layer.training
 
-    # Models ask their linears for these (T5 reads `wo.weight.dtype`).
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        shape = None if param is None else tuple(param.shape)
+        for adapter in self.adapters.values() if shape else ():
+            n = len(adapter.lora_B)
+            if shape[-1 if self.transposed else 0] != n:
+                raise InputError(
+                    f"LoRA: expected a {name} of {n} outputs, got {shape}: detach the adapters, "
+                    "change the model's size, then attach"
+                )
+        super().register_parameter(name, param)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
     def weight_nk(self) -> Tensor:
         """The base weight as [N, K], a view."""

@@ -11,7 +11,7 @@ from fusedpeft.errors import InputError
 from fusedpeft.layers.config import LoRA
 from fusedpeft.layers.lora import LoraLinear, Siblings
 from fusedpeft.layers.routing import route_of
-from fusedpeft.layers.targets import CROSS, SIBLINGS, match_targets
+from fusedpeft.layers.targets import CROSS, SIBLINGS, in_head, match_targets
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
@@ -31,11 +31,19 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def restore(model: nn.Module, module: LoraLinear) -> None:
     """Put a LoraLinear's base back wherever it stood."""
+    module.base_layer.train(module.training)
     _replace(model, module, module.base_layer)
 
 
 def plan(model: nn.Module, config: LoRA, strict: bool) -> dict[str, nn.Module]:
-    return match_targets(model, config.targets, strict=strict)
+    found = match_targets(model, config.targets, strict=strict)
+    for path in found:
+        if in_head(model, path):  # heads take turns there: the adapter would come and go with one
+            raise InputError(
+                f"LoRA targets: cannot adapt {path!r}, an attached head trains there as a whole: "
+                "detach it, or name targets below it"
+            )
+    return found
 
 
 def add(model: nn.Module, config: LoRA, name: str, found: dict[str, nn.Module]) -> None:

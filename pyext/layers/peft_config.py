@@ -125,9 +125,9 @@ def expected_prompt(config: PrefixTuning | PromptTuning, shape: Shape) -> tuple[
     return config.length, 2 * shape.layers * shape.heads * shape.dim
 
 
-def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """(the config, the raw settings), PEFT's or AdapterHub's. Raises InputError: missing, no JSON,
-    another method, a variant of one."""
+def read_config(folder: Path, saveable: Sequence[str] = CLASSIFIERS) -> tuple[Any, dict[str, Any]]:
+    """(the config, the raw settings), PEFT's or AdapterHub's. saveable: what modules_to_save may
+    name. Raises InputError: missing, no JSON, another method, a variant of one."""
     if not folder.is_dir():
         raise InputError(f"expected a folder with an adapter at {folder}, there is none")
     path = folder / CONFIG_NAME
@@ -156,7 +156,7 @@ def read_config(folder: Path) -> tuple[Any, dict[str, Any]]:
             return virtual[raw["peft_type"]](length=raw.get("num_virtual_tokens")), raw
     except InputError as error:
         raise InputError(f"{path}: num_virtual_tokens: {error}") from error
-    _check_plain(path, raw)
+    _check_plain(path, raw, saveable)
     try:
         config = LoRA(
             rank=raw.get("r", 8),
@@ -178,7 +178,7 @@ def selects_modules(raw: dict[str, Any]) -> bool:
     return any(raw.get(key) not in (None, [], "") for key in _SELECT)
 
 
-def _check_plain(path: Path, raw: dict[str, Any]) -> None:
+def _check_plain(path: Path, raw: dict[str, Any], saveable: Sequence[str]) -> None:
     if raw.get("peft_type") != "LORA":
         known = "'LORA', 'PREFIX_TUNING' or 'PROMPT_TUNING'"
         raise InputError(f"{path}: expected peft_type {known}, got {raw.get('peft_type')!r}")
@@ -191,7 +191,7 @@ def _check_plain(path: Path, raw: dict[str, Any]) -> None:
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
         )
     unknown = [k for k in raw if k not in _READ and k not in _IGNORED and raw[k]]
-    if "modules_to_save" in unknown and set(raw["modules_to_save"]) <= set(CLASSIFIERS):
+    if "modules_to_save" in unknown and set(raw["modules_to_save"]) <= set(saveable):
         unknown.remove("modules_to_save")  # their tensors say what there is
     if unknown:
         named = ", ".join(f"{k}={raw[k]!r}" for k in unknown)

@@ -23,6 +23,8 @@ SIBLINGS = (  # children of one module that read the same x, in the order of a s
 CROSS = ("EncDecAttention", "encoder_attn", "crossattention")  # attention over what an encoder gave
 # Children of a classification model that are its head, which is trained as a whole or not at all.
 CLASSIFIERS = ("score", "classifier", "classification_head", "qa_outputs")
+OURS = "fusedpeft_"  # how the names of the modules begin that an adapter adds to a model
+HEADS = OURS + "heads"  # layers/heads.py: a child of the model while heads are attached
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
@@ -36,15 +38,16 @@ def nearest(wanted: str, known: Iterable[str]) -> str:
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module, without the insides of a LoraLinear and the model itself."""
+    """Path -> module, without adapters' own, the insides of a LoraLinear and the model itself."""
     found: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
+        ours = path.rpartition(".")[2].startswith(OURS)
         if path.startswith(inside):
             continue
-        if isinstance(module, LoraLinear):
+        if ours or isinstance(module, LoraLinear):
             inside += (path + ".",)
-        if path:
+        if path and not ours:
             found[path] = module
     return found
 
@@ -79,6 +82,12 @@ def _matches(name: str, path: str) -> bool:
 def of_body(path: str) -> bool:
     """Whether a module is not in a classifier."""
     return path.partition(".")[0] not in CLASSIFIERS
+
+
+def in_head(model: nn.Module, path: str) -> bool:
+    """Whether a module is in the place where FeatureBased or OutputLayer put heads."""
+    heads = getattr(model, HEADS, None)
+    return heads is not None and f"{path}.".startswith(f"{heads.path}.")
 
 
 def match_targets(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fusedpeft as fp
 from fusedpeft.errors import InputError
@@ -147,3 +148,39 @@ def test_deepcopy_is_independent(llama, ids, stir):
     assert torch.equal(logits(model, ids), before) and not torch.equal(logits(twin, ids), before)
     fp.detach(twin)
     assert adapted(model) and not adapted(twin)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_save_pretrained_writes_what_from_pretrained_reads(make_llama, ids, stir, tmp_path, tie):
+    model = make_llama(tie=tie)
+    base = model(ids).logits
+    stir(fp.attach(model, fp.LoRA(targets=["q_proj", "down_proj", "lm_head"])))
+    keys, logits = set(model.state_dict()), model(ids).logits
+    model.save_pretrained(tmp_path / "base")
+    again = type(model).from_pretrained(tmp_path / "base")
+    assert set(again.state_dict()) < keys and torch.equal(again(ids).logits, base)
+    other = fp.attach(make_llama(tie=tie), fp.LoRA(targets=["q_proj", "down_proj", "lm_head"]))
+    lost = other.load_state_dict(load_file(tmp_path / "base/model.safetensors"), strict=False)
+    assert not lost.unexpected_keys and len(lost.missing_keys) == tie
+    assert torch.equal(other(ids).logits, logits)
+    names = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    assert names == keys  # torch.distributed.checkpoint goes by both
+    fp.merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_an_adapted_head_that_is_tied(make_llama, ids, stir):
+    model = make_llama(tie=True)
+    before = model(ids).logits
+    stir(fp.attach(model, fp.LoRA(targets=["lm_head"])))
+    logits = model(ids).logits
+    model.tie_weights()
+    assert torch.equal(model(ids).logits, logits)
+    with pytest.raises(InputError, match=r"a weight of 61 outputs, got \(70, 24\): detach"):
+        model.resize_token_embeddings(70)
+    fp.detach(model)
+    model.resize_token_embeddings(70)
+    torch.testing.assert_close(model(ids).logits[..., :61], before)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

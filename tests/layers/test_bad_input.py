@@ -155,7 +155,8 @@ def test_a_pickle_is_never_opened(llama, saved):
         ({"peft_type": "IA3"}, r"expected peft_type 'LORA', .* got 'IA3'"),
         ({"bias": "all"}, r"bias='all' is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4' is not"),
-        ({"modules_to_save": ["lm_head"]}, r"only plain LoRA and DoRA are: modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, r"has no tensors of lm_head, which its settings name"),
+        ({"modules_to_save": ["embed_tokens"]}, r"only plain LoRA and DoRA are: modules_to_save"),
         ({"lora_bias": True, "use_qalora": True}, r"lora_bias=True, use_qalora=True"),
         ({"from_the_future": 1}, r"from_the_future=1"),
         ({"r": 0}, r"adapter_config.json: LoRA rank: expected a whole number >= 1, got 0"),
@@ -196,3 +197,26 @@ def test_saving_where_a_file_stands(llama, tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="expected a folder, .*file.* is a file"):
             fp.save_adapter(llama, folder)
+
+
+def test_what_is_no_folder(llama, monkeypatch):
+    fp.attach(llama, fp.LoRA())
+    with pytest.raises(InputError, match="save_adapter: expected a folder's path, got None"):
+        fp.save_adapter(llama, None)
+    with pytest.raises(InputError, match="load_adapter: expected a folder's path, got 5"):
+        fp.load_adapter(llama, 5, "other")
+
+    def refuse(path, **_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refuse)
+    with pytest.raises(InputError, match=r"cannot make the folder no \(Permission denied\): name"):
+        fp.save_adapter(llama, "no")
+
+
+@pytest.mark.parametrize("names", [5, True, 0, [["default"]], [None]])
+def test_what_is_no_name(llama, names):
+    fp.attach(llama, fp.LoRA())
+    with pytest.raises(InputError, match="activate: expected an adapter's name, several or None"):
+        fp.activate(llama, names)
+    assert llama._fusedpeft.active == ("default",)

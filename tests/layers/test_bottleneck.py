@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import fusedpeft as fp
 from fusedpeft.errors import InputError
+from fusedpeft.layers.bottleneck import Bottleneck
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "adapterhub"
 FAMILIES = sorted(p.name for p in GOLDEN.iterdir())
@@ -246,6 +247,34 @@ def test_other_tensors_and_pickles(llama, saved):
     refused(llama, saved, "pytorch_adapter.bin is a pickle, .*use_safetensors=True")
 
 
+SMALL = {
+    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_norms_of_what_is_added(ids, placement):
+    """OLMo-2: r + norm(attention(r)), then r + norm(FFN(r))."""
+    torch.manual_seed(0)
+    model = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SMALL)).eval()
+    layer, seen = model.model.layers[0], {}
+    learned(model, placement)
+    parts = {"mlp": layer.mlp, "after": layer}
+    for adapter in (m for m in model.modules() if isinstance(m, Bottleneck)):
+        parts["adapter"] = adapter  # the last: the FFN's
+    for name, module in parts.items():
+        module.register_forward_hook(lambda _, x, y, name=name: seen.update({name: (x[0], y)}))
+    with torch.no_grad():
+        model(ids)
+        (r, ffn), adapter = seen["mlp"], parts["adapter"]
+        h = layer.post_feedforward_layernorm.forward(ffn)
+        x = {"houlsby": h, "pfeiffer": r + h, "parallel": r}[placement]
+        torch.testing.assert_close(seen["adapter"][0], x)
+        out = adapter(x, h) + r if placement != "pfeiffer" else adapter(x, x)
+    torch.testing.assert_close(seen["after"][1], out)
+
+
 def test_models_that_cannot(tmp_path):
     opt = transformers.OPTForCausalLM(
         transformers.OPTConfig(
@@ -255,8 +284,12 @@ def test_models_that_cannot(tmp_path):
     )  # fmt: skip
     with pytest.raises(InputError, match="expected a model whose layers are known .*got OPTFor"):
         fp.attach(opt, fp.BottleneckAdapter())
+    nomic = transformers.NomicBertModel(transformers.NomicBertConfig(**SMALL))
+    with pytest.raises(InputError, match="expected a model whose layers are known .*got NomicBert"):
+        fp.attach(nomic, fp.BottleneckAdapter())  # its post_attention_layernorm is behind the sum
     llama = golden_model("llama")
-    fp.attach(llama, fp.BottleneckAdapter(norm="rms_norm"))
+    with pytest.warns(UserWarning, match="norm='rms_norm' trains, but save_adapter cannot write"):
+        fp.attach(llama, fp.BottleneckAdapter(norm="rms_norm"))
     with pytest.raises(InputError, match="AdapterHub has no rms_norm, which 'default' has"):
         fp.save_adapter(llama, tmp_path / "new")
     assert not (tmp_path / "new").exists()

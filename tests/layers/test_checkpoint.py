@@ -95,6 +95,39 @@ def test_peft_ways_to_choose_modules(llama, make_llama, ids, stir, tmp_path, sel
     assert {f"base_model.model.{n}" for n in names} == wrapped
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_an_output_layer_goes_with_its_adapter(make_llama, ids, stir, tmp_path, tie):
+    model = stir(fp.attach(make_llama(tie=tie), fp.LoRA(rank=3), "a"))
+    fp.attach(model, fp.OutputLayer(), "a_head")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+        fp.activate(model, ["a", "a_head"])
+        logits = model(ids).logits
+        fp.save_adapter(model, tmp_path / "ours", "a")
+        theirs = peft.PeftModel.from_pretrained(make_llama(tie=tie), tmp_path / "ours")
+        torch.testing.assert_close(theirs(ids).logits, logits, rtol=0, atol=1e-5)
+        theirs.save_pretrained(tmp_path / "theirs")
+        for folder in ("ours", "theirs"):
+            again = fp.load_adapter(make_llama(tie=tie), tmp_path / folder, "b")
+            assert again._fusedpeft.active == ("b", "b_head")
+            assert torch.equal(again(ids).logits, logits)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_what_peft_keeps_of_the_base(make_llama, ids, stir, tmp_path, tie):
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])
+    theirs = stir(peft.get_peft_model(make_llama(tie=tie), settings))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert any("base_layer" in k for k in load_file(tmp_path / "adapter_model.safetensors"))
+    model = fp.load_adapter(make_llama(tie=tie), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+        other = make_llama(tie=tie)
+        other.lm_head.weight[0] += 1
+    with pytest.raises(InputError, match="the base's (lm_head|model.embed_tokens).weight .*not wh"):
+        fp.load_adapter(other, tmp_path)
+
+
 def test_a_bf16_base_keeps_fp32_adapters_on_disk(llama, make_llama, ids, stir, tmp_path):
     ours = stir(fp.attach(llama.bfloat16(), fp.LoRA()))
     fp.save_adapter(ours, tmp_path)

@@ -6,6 +6,7 @@ import transformers
 
 import fusedpeft as fp
 from fusedpeft.errors import InputError
+from fusedpeft.layers import LoraLinear
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -83,6 +84,58 @@ def test_an_output_layer_tied_to_the_embeddings(make_llama, ids, tmp_path):
         assert model.get_output_embeddings().weight is embedding
 
 
+def test_each_head_has_its_own_labels(ids):
+    model = classifier("Bert")
+    config, names = model.config, {0: "good", 1: "bad"}
+    config.id2label, config.label2id = names, {"good": 0, "bad": 1}
+    labels = torch.tensor([0, 1])
+    before = model(ids, labels=labels).loss
+    fp.attach(model, fp.FeatureBased(num_labels=1), "score")
+    model(ids, labels=torch.tensor([0.3, 0.7]))
+    assert config.problem_type == "regression"
+    fp.attach(model, fp.FeatureBased(num_labels=3), "three")
+    model(ids, labels=torch.tensor([0, 2]))
+    assert config.problem_type == "single_label_classification" and len(config.id2label) == 3
+    fp.attach(model, fp.OutputLayer(), "own")
+    assert config.id2label == names
+    fp.activate(model, "score")
+    fp.activate(model, None)
+    assert config.id2label == names and config.label2id == {"good": 0, "bad": 1}
+    assert config.problem_type == "single_label_classification"
+    assert torch.equal(model(ids, labels=labels).loss, before)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_transformers_leaves_a_trained_output_layer_alone(make_llama, ids, tmp_path, tie):
+    model = make_llama(tie=tie)
+    with torch.no_grad():
+        before = model(ids).logits
+    ties = dict(model.all_tied_weights_keys)
+    fp.attach(model, fp.OutputLayer(), "head")
+    train(model, ids, ids)
+    with torch.no_grad():
+        after = model(ids).logits
+        model.save_pretrained(tmp_path)  # refused shared tensors
+        again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again(ids).logits, after)
+        model.load_state_dict(model.state_dict())
+        model.tie_weights()
+        assert torch.equal(model(ids).logits, after)
+        model.resize_token_embeddings(70)
+        torch.testing.assert_close(model(ids).logits[..., :61], after)
+        fp.activate(model, None)
+        logits = model(ids).logits
+        assert logits.shape[-1] == 70 and torch.equal(logits[..., :61], before)
+        fp.activate(model, "head")
+        torch.testing.assert_close(model(ids).logits[..., :61], after)
+        model.resize_token_embeddings(61)
+        fp.detach(model, "head")
+        assert torch.equal(model(ids).logits, before)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == tie and model.all_tied_weights_keys == ties
+    assert "_tied_weights_keys" not in vars(model)
+
+
 def test_beside_lora(ids):
     model = classifier("Bert")
     fp.attach(model, fp.OutputLayer(), "head")
@@ -92,6 +145,24 @@ def test_beside_lora(ids):
     assert trained == {"bert", "classifier"}
     losses = train(model, ids, torch.tensor([0, 1]))
     assert losses[-1] < losses[0]
+
+
+def test_lora_goes_around_what_adapters_added(make_llama, ids, stir, tmp_path):
+    model = make_llama()
+    fp.attach(model, fp.PrefixTuning(length=3, projection=8), "prefix")
+    fp.attach(model, fp.OutputLayer(), "head")
+    for name, targets in (("all", "all-linear"), ("regex", ".*(proj|projections.*|own|head)")):
+        if name == "regex":
+            with pytest.raises(InputError, match="cannot adapt 'lm_head', an attached head trains"):
+                fp.attach(model, fp.LoRA(targets=targets), name)
+            targets = ".*_proj"
+        stir(fp.attach(model, fp.LoRA(targets=targets), name))
+        fp.save_adapter(model, tmp_path / name, name)
+        other = fp.load_adapter(make_llama(), tmp_path / name)
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, other(ids).logits)
+    paths = [p for p, m in model.named_modules() if isinstance(m, LoraLinear)]
+    assert len(paths) == 14 and all(p.startswith("model.layers.") for p in paths)
 
 
 def test_everything(llama, ids):

@@ -42,7 +42,7 @@ def test_merge_keeps_the_output_and_unmerge_every_bit(build, ids, stir, dora, dt
 
 def bits_of(module, bits, model):
     name = next(p for p, m in lora_modules(model) if m is module)
-    weight = bits[f"{name}.base_layer.weight"].double()
+    weight = bits[f"{name}.weight"].double()
     return weight.t() if module.transposed else weight
 
 
