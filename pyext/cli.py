@@ -90,7 +90,7 @@ def evaluate(
 def report(
     config: ConfigFile, set: Set = None, shorten: Shorten = None, fresh: Fresh = False
 ) -> None:
-    """Sample answers side by side, results.json and report.html of what is complete."""
+    """Sample answers side by side, results.json and report.html, once all else is complete."""
     _run(config, ["report"], set, shorten, fresh)
 
 

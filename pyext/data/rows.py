@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import re
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,6 +58,7 @@ def load_rows(path: str | Path, form: str, aspect: str | None = None) -> list[di
             row = convert(raw)
             if form != "sft":
                 row["aspect"] = _aspect(raw, aspect)
+            _check_text(row)
         except _Problem as problem:
             raise InputError(f"{where}: {problem}") from None
         rows.append({**row, "where": where})
@@ -105,6 +106,15 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from error
+
+
+def _check_text(row: dict[str, Any]) -> None:
+    """JSON can escape half of a surrogate pair, which is no text that a tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise _Problem(f"expected text, got {half!r}, one half of a character: mend it") from None
 
 
 def _show(value: Any) -> str:
@@ -184,7 +194,9 @@ def _missing(raw: dict[str, Any], expected: str) -> _Problem:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # of a whole number too, which may be any
 
 
 def _aspect(raw: dict[str, Any], default: str | None) -> str | None:

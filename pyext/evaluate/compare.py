@@ -341,7 +341,12 @@ def compare(
         raise InputError(f"compare BASE: expected a folder with a model, got {settings.base}")
     if settings.text is not None and not Path(settings.text).is_file():
         raise InputError(f"compare --text: expected a file, there is none at {settings.text}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"compare --out: expected a folder, got {out} ({error.strerror}): name another"
+        ) from error
     path = out / "compare.json"
     found = json.loads(path.read_text()) if path.is_file() else {}
     if found.get("settings") != asdict(settings):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,12 @@ def load_rows(task: str, path: Path, counts: tuple[int, int, int], seed: int) ->
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8") as file:
-            lines = file.read().splitlines()
+            # Not splitlines(): a JSON string may hold a Unicode line separator.
+            lines = [line for line in file.read().split("\n") if line.strip()]
         groups = (_nsmc if task == "nsmc" else _e2e)(lines)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: expected rows of {task} ({why})") from error
     random.Random(seed).shuffle(groups)
@@ -86,7 +90,7 @@ def _balanced(groups: list[list[Row]]) -> list[list[Row]]:
 def _e2e(lines: list[str]) -> list[list[Row]]:
     """`name : X | area : Y||sentence`; sentences for the same facts stay together."""
     by_facts: dict[str, list[Row]] = {}
-    for line in filter(None, lines):
+    for line in lines:
         facts, mark, sentence = line.partition("||")
         if not mark:
             raise KeyError("no '||' between the facts and the sentence")

@@ -139,8 +139,8 @@ class Config(Section):
     """
 
     name: str = Field(pattern=r"^[\w][\w.-]*$")
-    seed: int = Field(0, ge=0)
-    threads: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, lt=2**32)  # numpy's range
+    threads: int | None = Field(None, ge=1, le=1024)
     base: Path
     output: Path | None = None
     lora: Lora = Lora()

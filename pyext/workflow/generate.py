@@ -7,7 +7,7 @@ from pathlib import Path
 from fusedpeft.errors import InputError
 from fusedpeft.layers import load_adapter
 from fusedpeft.train.chat import continue_greedily, encode_prompt
-from fusedpeft.workflow.models import load_base, load_tokenizer
+from fusedpeft.workflow.models import load_base, load_tokenizer, quiet
 
 
 def generate_one(
@@ -17,6 +17,11 @@ def generate_one(
     InputError for an empty prompt and for folders without a model or adapter."""
     if not prompt.strip():
         raise InputError("prompt: expected text, got none")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt: expected UTF-8 text, got {prompt!r:.60}") from error
+    quiet()
     tokenizer, model = load_tokenizer(base), load_base(base)
     if adapter is not None:
         load_adapter(model, adapter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -21,8 +22,16 @@ from fusedpeft.workflow.config import Config
 from fusedpeft.workflow.state import Stage
 
 
+def quiet() -> None:
+    """One voice on the terminal: ours."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
 def load_tokenizer(base: Path) -> Tokenizer:
     """The tokenizer beside the model. Raises InputError where there is none."""
+    if not base.is_dir():  # else transformers takes it for a name on a hub
+        raise InputError(f"expected a folder with a model and its tokenizer, got {base}")
     try:
         return AutoTokenizer.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:

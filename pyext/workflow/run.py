@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from fusedpeft.errors import InputError
@@ -18,7 +17,7 @@ from fusedpeft.train.trainer import row_limit
 from fusedpeft.workflow import evaluation, stages
 from fusedpeft.workflow.config import STAGES, TRAINED, Config, dump_config
 from fusedpeft.workflow.data import load_stages
-from fusedpeft.workflow.models import load_config, load_tokenizer
+from fusedpeft.workflow.models import load_config, load_tokenizer, quiet
 from fusedpeft.workflow.stages import Run
 from fusedpeft.workflow.state import (
     RESULT,
@@ -64,7 +63,7 @@ def run(
     since, and where an earlier stage is needed that is not complete.
     """
     console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-    _quiet()
+    quiet()
     wanted = _wanted(config, only)
     tokenizer, rows = load_tokenizer(config.base), load_stages(config)
     plan = _plan(config)
@@ -221,9 +220,3 @@ def _told(name: str, result: dict) -> str:
             if isinstance(scores, dict)
         ) or ", ".join(f"{m} held-out loss {s['eval_loss']:.3f}" for m, s in result.items())
     return f"{result['samples']} prompts answered side by side"
-
-
-def _quiet() -> None:
-    """One voice on the terminal: ours."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()

@@ -22,8 +22,11 @@ from fusedpeft.errors import InputError
 
 CONFIG, RESULT, HISTORY = "config.json", "result.json", "history.json"
 CHECKPOINTS, MARKER = "checkpoints", "complete.json"
+_RESULT_KEYS = {"result", "seconds", "peak_memory_bytes"}
 
 _WHOLE_FILE_BYTES = 256 << 20
+# What transformers reads of a model: .jinja is the chat template, .txt vocabularies and merges.
+_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -63,9 +66,11 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): start the stage again with --fresh") from (
-            error
-        )
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, why: object) -> InputError:
+    return InputError(f"{path} is damaged ({why}): start the stage again with --fresh")
 
 
 def digest(value: Any) -> str:
@@ -89,8 +94,9 @@ def digest_file(path: Path) -> str:
 
 def digest_model(folder: Path) -> str:
     """Of a model's configuration, tokenizer and weights."""
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".model"))
-    return digest({p.name: digest_file(p) for p in files})
+    more = folder / "additional_chat_templates"
+    files = [p for p in (*folder.iterdir(), *more.glob("*")) if p.suffix in _MODEL_FILES]
+    return digest({str(p.relative_to(folder)): digest_file(p) for p in files})
 
 
 class Stage:
@@ -108,11 +114,19 @@ class Stage:
 
     def result(self) -> dict | None:
         """What the complete stage found, None while it is not complete."""
-        return read_json(self.dir / RESULT)
+        path = self.dir / RESULT
+        found = read_json(path)
+        if found is not None and not (isinstance(found, dict) and _RESULT_KEYS <= found.keys()):
+            raise _damaged(path, f"expected {', '.join(sorted(_RESULT_KEYS))}, got {found!r:.60}")
+        return found
 
     def check(self) -> None:
         """Raises InputError where the folder was made with other settings or inputs."""
-        before = read_json(self.dir / CONFIG)
+        path = self.dir / CONFIG
+        before = read_json(path)
+        sound = isinstance(before, dict) and all(isinstance(p, dict) for p in before.values())
+        if before is not None and not sound:
+            raise _damaged(path, f"expected settings, inputs and after, got {before!r:.60}")
         if before is None or digest(before) == self.digest:
             return
         raise InputError(

@@ -129,6 +129,11 @@ GOOD = {"prompt": "a", "completion": "b"}
             {"prompt": "a", "responses": ["b", "c"], "rewards": [1, float("nan")]},
             "rewards: expected 2 finite numbers",
         ),
+        (
+            "lists",
+            {"prompt": "a", "responses": ["b", "c"], "rewards": [1, 10**400]},
+            "rewards: expected 2 finite numbers",
+        ),
         ("lists", {"prefix": [["a"], ["b"]], "suffix": ["a", "b"]}, "prefix: expected the same"),
         ("lists", {"prefix": [["hi"]], "suffix": ["a", "b"]}, r"prefix\[0\]\[0\]: expected <"),
     ],
@@ -140,6 +145,14 @@ def test_a_bad_row_is_named(tmp_path, form, row, message):
     with pytest.raises(InputError, match=message) as error:
         load_rows(path, form)
     assert f"{path} row 2" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["prompt", "completion"])
+def test_half_a_character_is_named(tmp_path, field):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, field: "a \ud83d"}) + "\n")
+    with pytest.raises(InputError, match=r"r.jsonl row 2: expected text, got '\\ud83d', one half"):
+        load_rows(path, "sft")
 
 
 def test_bad_files(tmp_path):

@@ -86,6 +86,28 @@ def test_bad_rows(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load_rows(task, data, (8, 4, 8), 0)
+    (tmp_path / "cut.gz").write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"cut.gz: cannot be read \(Compressed file ended"):
+        load_rows("nsmc", tmp_path / "cut.gz", (8, 4, 8), 0)
+    for row in ({"review": "a", "rating": "good"}, {"review": 5, "rating": 1}):
+        (tmp_path / "bad").write_text(json.dumps(row))
+        with pytest.raises(InputError, match=r"bad: expected rows of nsmc \((Value|Attribute)Err"):
+            load_rows("nsmc", tmp_path / "bad", (8, 4, 8), 0)
+
+
+def test_blank_lines_are_skipped(tmp_path):
+    lines = [json.dumps({"review": f"a\u2028{i}", "rating": 1 + 9 * (i % 2)}, ensure_ascii=False)
+             for i in range(8)]  # fmt: skip
+    for name, text in (("r", "\n".join(lines)), ("blank", "\n \n" + "\n\n".join(lines) + "\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    rows = [load_rows("nsmc", tmp_path / name, (4, 2, 2), 0) for name in ("r", "blank")]
+    assert rows[0] == rows[1]
+
+
+def test_out_is_a_folder(tmp_path):
+    made = settings("nsmc", reviews(tmp_path / "r.jsonl.gz"))
+    with pytest.raises(InputError, match="compare --out: expected a folder, got .*r.jsonl.gz"):
+        compare(made, tmp_path / "r.jsonl.gz")
 
 
 @pytest.mark.parametrize("task", ["nsmc", "e2e"])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from fusedpeft import cli
 
@@ -50,8 +51,9 @@ def test_run_and_generate(call, write_config, tmp_path, base):
     code, _, err = call("sft", path)
     assert code == 0 and "sft: complete, skipped" in err
     adapter, few = tmp_path / "run" / "sft" / "adapter", ("--max-new-tokens", 8)
-    code, out, _ = call("generate", base, "tell me of the cat 1", *few, "--adapter", adapter)
-    assert code == 0 and out.strip()
+    transformers.logging.enable_progress_bar()  # as in a process of its own
+    code, out, err = call("generate", base, "tell me of the cat 1", *few, "--adapter", adapter)
+    assert code == 0 and out.strip() and not err
     assert out != call("generate", base, "tell me of the cat 1", *few)[1]
 
 
@@ -102,6 +104,10 @@ def test_bad_input_is_one_line_and_writes_nothing(call, write_config, tmp_path, 
     assert code == 2 and "expected a YAML file, there is none" in err
     code, _, err = call("generate", base, "hi", "--adapter", tmp_path)
     assert code == 2 and "adapter_config.json" in err
+    code, _, err = call("generate", tmp_path / "nope", "hi")
+    assert code == 2 and "expected a folder with a model and its tokenizer, got" in err
+    code, _, err = call("generate", base, "hi \udcff")
+    assert code == 2 and r"prompt: expected UTF-8 text, got 'hi \udcff'" in err
     code, _, err = call("pretrain", tmp_path / "p")
     assert code == 2 and "expected --text FILE" in err
 

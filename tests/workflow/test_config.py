@@ -122,6 +122,14 @@ def test_paths_start_at_the_file_and_the_output_where_one_stands(load, folder, m
             ("name: mini", "name: mini\nseed: 1.5"),
             "seed: Input should be a valid integer, got a num",
         ),
+        (
+            ("name: mini", "name: mini\nseed: 4294967296"),
+            "seed: Input should be less than 4294967296, got 4294967296",
+        ),
+        (
+            ("name: mini", "name: mini\nthreads: 100000"),
+            "threads: Input should be less than or equal to 1024, got 100000",
+        ),
         (("name: mini", "name: mini\nseed: true"), "seed: expected another value than true or fal"),
         (
             ("name: mini", "name: mini\nthreads: 0"),

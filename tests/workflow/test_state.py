@@ -91,6 +91,22 @@ def test_a_damaged_file_is_named_with_the_fix(tmp_path, damage):
         read_json(path)
 
 
+@pytest.mark.parametrize("found", [{}, [], 5, {"result": {}}])
+def test_a_result_of_another_form_is_damaged(tmp_path, found):
+    stage = Stage(tmp_path, "sft", IDENTITY)
+    write_json(stage.dir / "result.json", found)
+    with pytest.raises(InputError, match="result.json is damaged .expected peak_memory_bytes, re"):
+        stage.result()
+
+
+@pytest.mark.parametrize("found", [[], 5, {"settings": 3}])
+def test_a_configuration_of_another_form_is_damaged(tmp_path, found):
+    stage = Stage(tmp_path, "sft", IDENTITY)
+    write_json(stage.dir / "config.json", found)
+    with pytest.raises(InputError, match="config.json is damaged .expected settings, inputs and"):
+        stage.check()
+
+
 def test_digest_is_of_the_value_not_of_its_order():
     assert state.digest({"a": 1, "b": [2]}) == state.digest({"b": [2], "a": 1})
     found = {state.digest(v) for v in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": [1]}, {"a": "1"}, None)}
@@ -123,6 +139,9 @@ def test_digest_of_a_large_file_is_of_its_size_and_both_ends(tmp_path, monkeypat
 
 def test_digest_of_a_model_sees_weights_tokenizer_and_names(tmp_path):
     files = {"config.json": "{}", "model.safetensors": "w", "tokenizer.model": "t"}
+    files |= {"pytorch_model.bin": "w", "merges.txt": "m", "chat_template.jinja": "c"}
+    files["additional_chat_templates/tools.jinja"] = "c"
+    (tmp_path / "additional_chat_templates").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     whole = state.digest_model(tmp_path)
@@ -143,8 +162,9 @@ def test_a_stage_is_complete_with_its_result_and_only_then(tmp_path):
     assert not stage.dir.exists()
     stage.begin()
     assert read_json(stage.dir / "config.json") == IDENTITY and stage.result() is None
-    write_json(stage.dir / "result.json", {"loss": 1.0})
-    assert stage.result() == {"loss": 1.0}
+    found = {"result": {"loss": 1.0}, "seconds": 1.0, "peak_memory_bytes": 1}
+    write_json(stage.dir / "result.json", found)
+    assert stage.result() == found
     Stage(tmp_path, "sft", json.loads(json.dumps(IDENTITY))).begin()
 
 
