@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ from fusedpeft.layers.peft_heads import (
     check_head,
     drop_base,
     head_beside,
+    head_name,
     known_heads,
     output_layer,
     take_head,
@@ -118,6 +120,12 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     folder = _folder("save_adapter", dir)
     if isinstance(config, BottleneckAdapter):
         adapterhub.to_hub(config, model, name)  # what cannot be written is said before any is
+        if head_name(name) in state_of(model).configs:
+            warnings.warn(
+                f"save_adapter: {head_name(name)!r} stays behind, AdapterHub's format has no place "
+                "for it: save it under its own name as well",
+                stacklevel=2,
+            )
     if isinstance(config, FullFineTuning):
         raise InputError(f"save_adapter: {name!r} is the whole model: model.save_pretrained(dir)")
     try:

@@ -217,7 +217,7 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     with torch.no_grad():
         values = embedding(ids).to(dtype)  # Gemma's and BART's scale what they look up
     if config.init == "random":
-        return values.new_empty(config.length, hidden).normal_(std=values.std().item())
+        return values.new_empty(config.length, hidden).normal_() * values.std()
     return values
 
 

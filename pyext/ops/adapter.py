@@ -243,7 +243,7 @@ def bottleneck_adapter(
             return one_fwd(x, tensors, activation, norm, scale, norm_eps)
     add_x = residual is x
     device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         down_w, down_b, up_w, up_b, norm_weight, norm_bias, x, residual = (
             None if t is None else t.to(dtype)

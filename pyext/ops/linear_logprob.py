@@ -209,8 +209,9 @@ def linear_logprob(
     logsumexp (M fp32). On a CPU a label outside [0, V) raises ValueError; on a GPU its row is NaN
     unless FUSEDPEFT_DEBUG=1 asks for the check. Under torch.compile the row is NaN as well.
     """
-    if isinstance(h, Tensor) and torch.is_autocast_enabled(h.device.type):
-        dtype = torch.get_autocast_dtype(h.device.type)
+    device = h.device.type if isinstance(h, Tensor) else "cpu"
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         h, w, bias = h.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     _check(h, w, labels, bias, ignore_index, softcap, temperature, impl)
     grad = torch.is_grad_enabled()

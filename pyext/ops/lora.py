@@ -214,7 +214,7 @@ def lora_linear(
     """
     quantised, given = isinstance(w, QuantisedWeight), (w, a, b)
     device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, a, b = (t.to(dtype) for t in (x, a, b))
         w = w if quantised else w.to(dtype)

@@ -84,6 +84,7 @@ def dora_factor(
     w: Tensor | QuantisedWeight, a: Tensor, b: Tensor, scale: float, magnitude: Tensor
 ) -> Tensor:
     """magnitude / ‖W + scale·B A‖ by row; the norm is a constant to autograd."""
-    with torch.no_grad(), torch.autocast(a.device.type, enabled=False):
+    device = "cpu" if a.is_meta else a.device.type  # there is no autocast on meta
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         norm = _kept_norm(w, a, b, scale)
     return magnitude / norm

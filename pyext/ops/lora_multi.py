@@ -215,7 +215,7 @@ def lora_linear_multi(
     none = [None] * len(ws) if isinstance(ws, Sequence) else []
     biases, magnitudes = (none if t is None else t for t in (biases, magnitudes))
     given, device = (ws, as_, bs), x.device.type if isinstance(x, Tensor) else "cpu"
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         (x,), ws, as_, bs, biases = (
             [t.to(dtype) if isinstance(t, Tensor) else t for t in part]

@@ -210,7 +210,7 @@ def multi_lora_linear(
     expected and the given value before anything is launched.
     """
     device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, w, bias = (None if t is None else t.to(dtype) for t in (x, w, bias))
     compiling = torch.compiler.is_compiling()

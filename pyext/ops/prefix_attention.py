@@ -210,7 +210,7 @@ def prefix_attention(
         out, lse = native_shared(q, k, v, prefix_k, prefix_v, scale, window or 0)
         return (out, lse) if return_lse else out
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast to ask
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v, prefix_k, prefix_v = (t.to(dtype) for t in (q, k, v, prefix_k, prefix_v))
     if impl is None:

@@ -184,3 +184,10 @@ def test_an_adapted_head_that_is_tied(make_llama, ids, stir):
     model.resize_token_embeddings(70)
     torch.testing.assert_close(model(ids).logits[..., :61], before)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_model_without_memory(make_llama, ids, dora):
+    """On the meta device sizes can be asked for before anything is allocated."""
+    model = fp.attach(make_llama().to("meta"), fp.LoRA(rank=3, dora=dora))
+    assert model(ids.to("meta")).logits.shape == (*ids.shape, model.config.vocab_size)

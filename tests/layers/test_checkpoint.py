@@ -113,6 +113,14 @@ def test_an_output_layer_goes_with_its_adapter(make_llama, ids, stir, tmp_path, 
             assert torch.equal(again(ids).logits, logits)
 
 
+def test_a_head_that_stays_behind_is_named(make_llama, tmp_path):
+    model = fp.attach(make_llama(), fp.BottleneckAdapter(4), "a")
+    fp.save_adapter(model, tmp_path / "alone", "a")
+    fp.attach(model, fp.OutputLayer(), "a_head")
+    with pytest.warns(UserWarning, match="'a_head' stays behind"):
+        fp.save_adapter(model, tmp_path / "both", "a")
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_what_peft_keeps_of_the_base(make_llama, ids, stir, tmp_path, tie):
     settings = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])

@@ -350,3 +350,8 @@ X, D, C, U, E = WIDTH_8 = [torch.randn(s) for s in ((3, 8), (2, 8), (2,), (8, 2)
 def test_bad_input(args, kwargs, error, message):
     with pytest.raises(error, match=message):
         ops.bottleneck_adapter(*args, **kwargs)
+
+
+def test_shapes_without_memory():
+    x, *rest = (t.to("meta") for t in (X, D, C, U, E))
+    assert ops.bottleneck_adapter(x.requires_grad_(), *rest).shape == x.shape

@@ -201,3 +201,8 @@ def test_fp64_has_no_triton():
 def test_bad_reduction():
     with pytest.raises(ValueError, match="reduction: expected 'mean', 'sum' or 'none', got 'max'"):
         ops.linear_cross_entropy(H, W, L, reduction="max")
+
+
+def test_shapes_without_memory():
+    h, w, labels = (t.to("meta") for t in (H, W, L))
+    assert ops.linear_logprob(h.requires_grad_(), w, labels).shape == labels.shape

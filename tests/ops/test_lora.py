@@ -258,3 +258,11 @@ def test_the_choice_of_implementation():
     assert choose_impl("cuda", 1, False)[0] == "by shape"
     assert choose_impl("meta", 1, False)[0] == "aten"
     assert choose_impl("cuda", 1, False, dtype=torch.float64)[0] == "aten"
+
+
+def test_shapes_without_memory():
+    """A model on the meta device, whose size is asked for: autocast knows no such device."""
+    x, w, a, b = (t.to("meta") for t in (X, W, A, B))
+    y = ops.lora_linear(x.requires_grad_(), w, a, b, 1.0)
+    assert y.shape == (*x.shape[:-1], w.shape[0]) and y.is_meta
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
