@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers import adapterhub
@@ -50,7 +49,7 @@ from fusedpeft.layers.peft_heads import (
     output_layer,
     take_head,
 )
-from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of
+from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of, whole
 from fusedpeft.layers.prompt import prompt_of
 from fusedpeft.layers.targets import match_targets, of_body
 
@@ -81,12 +80,6 @@ def _replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _whole(t: Tensor) -> Tensor:
-    """All of a parameter that FSDP2 has sharded: every rank takes part."""
-    t = t.detach()
-    return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def _umask() -> int:
@@ -148,7 +141,7 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     else:
         made = _prompt(model, config, name)
         tensors, settings = _with_head(model, name, _PROMPT_PREFIX, *made)
-    tensors = {key: _whole(t).cpu().contiguous() for key, t in tensors.items()}
+    tensors = {key: whole(t).cpu().contiguous() for key, t in tensors.items()}
     text = (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
     config_path = folder / CONFIG_NAME

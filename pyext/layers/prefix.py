@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from fusedpeft.errors import InputError
@@ -206,6 +207,12 @@ def split(flat: Tensor, shape: Shape) -> list[tuple[Tensor, Tensor]]:
     return list(zip(each[0::2], each[1::2], strict=True))
 
 
+def whole(t: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 has sharded: every rank takes part."""
+    t = t.detach()
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
 def flat_prefix(model: nn.Module, name: str) -> Tensor:
     """A prefix as PEFT keeps it, [P, 2 · layers · HKV · D]."""
     stack = stack_of(model)
@@ -213,7 +220,7 @@ def flat_prefix(model: nn.Module, name: str) -> Tensor:
     if name in root.projections:
         return root.projections[name]().detach()
     own = [getattr(layer, CHILD).adapters[name] for layer in attention_layers(stack)]
-    pairs = [t.detach() for one in own for t in (one.prefix_key, one.prefix_value)]
+    pairs = [whole(t) for one in own for t in (one.prefix_key, one.prefix_value)]
     return torch.stack(pairs).permute(2, 0, 1, 3).flatten(1)
 
 
@@ -320,6 +327,12 @@ def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
         )
 
 
+def _set_attention(model: nn.Module, stack: nn.Module, name: str) -> None:
+    model.set_attn_implementation(name)
+    if stack.config._attn_implementation != name:  # T5's stacks have copies of the model's config
+        stack.set_attn_implementation(name)
+
+
 def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> None:
     stack = stack_of(model)
     layers, shape = attention_layers(stack), shape_of(stack)
@@ -332,7 +345,7 @@ def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> Non
         stack.add_module(CHILD, root)
         for i, layer in enumerate(layers):
             layer.add_module(CHILD, AttentionPrefixes(root, i))
-        model.set_attn_implementation(IMPLEMENTATION)
+        _set_attention(model, stack, IMPLEMENTATION)
     like = next(layers[0].parameters())
     if config.projection is None:
         for layer in layers:
@@ -404,4 +417,4 @@ def remove(model: nn.Module, name: str) -> None:
         handle.remove()
     for module in (stack, *layers):
         delattr(module, CHILD)
-    model.set_attn_implementation(root.previous)
+    _set_attention(model, stack, root.previous)

@@ -85,7 +85,7 @@ def test_a_second_turn_on_the_cache(build, ids, lively, more):
     for given in (model, copy.deepcopy(model)):
         first = given.generate(ids, return_dict_in_generate=True, **options)
         turn = torch.cat((first.sequences, ids[:, :more]), 1)
-        second = given.generate(turn, cache=first.cache, **options)
+        second = given.generate(turn, past_key_values=first.past_key_values, **options)
         assert torch.equal(second, model.generate(turn, use_cache=False, **options))
 
 
@@ -94,11 +94,11 @@ def test_a_cache_of_another_prompt(llama, ids):
 
     def turn(cache):
         text = torch.cat((ids, ids[:, :3]), 1)
-        return llama.generate(text, cache=cache, return_dict_in_generate=True, **options)
+        return llama.generate(text, past_key_values=cache, return_dict_in_generate=True, **options)
 
-    plain = turn(None).cache
+    plain = turn(None).past_key_values
     fp.attach(llama, fp.PromptTuning(length=P))
-    prompted = turn(transformers.StaticCache(config=llama.config, max_cache_len=24)).cache
+    prompted = turn(transformers.StaticCache(config=llama.config, max_cache_len=24)).past_key_values
     with pytest.raises(InputError, match="behind a prompt of 4, as acts now, got one of 0: give"):
         turn(plain)
     fp.activate(llama, None)

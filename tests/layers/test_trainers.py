@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 import fusedpeft as fp
 
@@ -81,6 +82,7 @@ def _words(words):
 
 def test_accelerate(model, ids):
     before = frozen_and_trained(model)
+    AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer before us has one for all
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
     prepared, optimizer = accelerator.prepare(model, optimizer)

@@ -123,7 +123,7 @@ def test_a_second_turn_on_the_cache(build, ids, adapted, kind, lively):
     with pool.batch(["a", "b", None, "c"]):
         first = base.generate(ids, return_dict_in_generate=True, **NEW)
         turn = torch.cat((first.sequences, ids[:, :3]), 1)
-        second = base.generate(turn, cache=first.cache, **NEW)
+        second = base.generate(turn, past_key_values=first.past_key_values, **NEW)
         assert torch.equal(second, base.generate(turn, use_cache=False, **NEW))
 
 
