@@ -35,6 +35,7 @@ Shorten = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Throw away what these stages have and start again.")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]  # numpy's range
 
 
 @app.command()
@@ -124,7 +125,7 @@ def pretrain(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     block_tokens: Annotated[int, typer.Option(min=2)] = 128,
     learning_rate: float = 3e-3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """A tiny Llama and its tokenizer from nothing but text. Goes on where it was cut off."""
     from fusedpeft.train import pretrain as recipe
@@ -181,7 +182,7 @@ def compare(
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 200,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Seven ways to adapt a model, measured side by side. Goes on where it was cut off."""
     from fusedpeft.evaluate.compare import Settings

@@ -38,6 +38,11 @@ def test_help(call, command):
     assert code == 0 and "Usage" in out
 
 
+def test_a_seed_beyond_numpys(call):
+    code, _, err = call("pretrain", "--seed", str(2**32), "text", "out")
+    assert code == 2 and "4294967295" in err
+
+
 def test_help_is_light():
     code = "import fusedpeft.cli, sys; assert 'torch' not in sys.modules, 'imports torch'"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
