@@ -9,7 +9,8 @@ Forward with u, by chunks of rows and, inside, of the vocabulary, in two product
    a logit lies `jump` beyond it, so that p needs no second pass to be rescaled.
 2. sum: accumulator = accumulator · exp(old − new reference) + p W, in fp32, of which half the bits
    lie in u's own memory (linear_logprob_kernels.py).
-At the end u and log p from the accumulator and the sums. Without u: one launch over the vocabulary.
+At the end u and log p from the accumulator and the sums. On Hopper both products have kernels of
+their own (linear_logprob_tma.py). Without u: one launch over the vocabulary.
 Backward with a trainable head makes the logits again, 1/64 of the vocabulary at a time for all
 rows: dz, then dh += dz W (as above) and dw = dzᵀ h (whole in one accumulator).
 (Online softmax: Milakov and Gimelshein 2018; Wijmans et al. 2024, "Cut Your Losses".)
@@ -40,6 +41,7 @@ from fusedpeft.kernels.linear_logprob_tables import (
     linear_logprob_bwd_config,
     linear_logprob_fwd_config,
 )
+from fusedpeft.kernels.linear_logprob_tma import ByTma, fits_tma
 from fusedpeft.kernels.sums import ordered_sum
 
 __all__ = ["linear_logprob_bwd", "linear_logprob_fwd"]
@@ -167,10 +169,17 @@ def linear_logprob_fwd(
         call.finish(0, M, stats=(ref, sums, logp, lse))
         return logp, lse, u
 
-    rows, columns = cfg["rows"], cfg["columns"]
+    tma = cfg["tma"]
+    if tma is not None and fits_tma(h, w, bias, softcap, tma["logits"]):
+        cfg = tma
+    else:
+        tma = None
+    rows, columns, n = cfg["rows"], cfg["columns"], cfg["sum"]["TILE"]
     p = call.new(rows, columns, dtype=h.dtype)
     lo = call.new(rows, H, dtype=torch.int16) if call.split else call.label_z
     top, total = call.new(columns // n, rows), call.new(columns // n, rows)
+    by_tma = ByTma(h, w, p, tma["logits"], tma["sum"]) if tma else None
+    rest = (call.order, call.count)
     running = [call.new(2, rows), call.new(2, rows)]  # reference and sum: read one, write the other
     for row0 in range(0, M, rows):
         size = min(rows, M - row0)
@@ -180,9 +189,15 @@ def linear_logprob_fwd(
             width = min(columns, V - v0)
             (ref, sums), (next_ref, next_sums) = running
             where = (row0, size, v0, width)
-            call.logits(cfg["logits"], *where, top=top, total=total, ref=ref, p=p)
             state = (ref, sums, next_ref, next_sums, top, total)
-            call.add_product(cfg["sum"], p, u, lo, *where, i == 0, state, triton.cdiv(width, n))
+            tiles = triton.cdiv(width, n)
+            if by_tma is not None:
+                more = (ref, top, total, call.inv_temperature, _jump(h.dtype))
+                by_tma.logits(*rest, call.labels, call.label_z, where, *more)
+                by_tma.add_product(*rest, u, lo, where, i == 0, state, tiles)
+            else:
+                call.logits(cfg["logits"], *where, top=top, total=total, ref=ref, p=p)
+                call.add_product(cfg["sum"], p, u, lo, *where, i == 0, state, tiles)
             running.reverse()
         call.finish(row0, size, stats=(*running[0], logp, lse), u=u, lo=lo)
     return logp, lse, u

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fusedpeft.kernels import linear_logprob_kernels as kernels
+from fusedpeft.kernels import linear_logprob_tma as tma
 from fusedpeft.kernels import sums
 from fusedpeft.kernels.aot import Spec
 
@@ -24,6 +25,19 @@ SPECS = {
         kernels._linear_logprob_sum_kernel,
         unit="stride_wk",
         types=_TYPES | _HALVES,
+        ragged="first tiles",
+        wgmma=True,
+    ),
+    "logits_tma": Spec(
+        tma._linear_logprob_logits_tma_kernel,
+        types=_TYPES,
+        tiles={"w_desc": "BLOCK_N BLOCK_K", "p_desc": "BLOCK_M HALF"},
+        wgmma=True,
+    ),
+    "sum_tma": Spec(
+        tma._linear_logprob_sum_tma_kernel,
+        types=_TYPES | _HALVES,
+        tiles={"p_desc": "BLOCK_M BLOCK_K", "w_desc": "BLOCK_K BLOCK_N"},
         ragged="first tiles",
         wgmma=True,
     ),

@@ -28,6 +28,9 @@ _MEDIUM = {
 }
 # dw alone: 256 columns beside exp, or beside an accumulator that is read back, spill on sm_90.
 _LARGE = {**_MEDIUM, "sm_90": _tile(128, 256, 64, 8, 4)}
+# By TMA there is room for it: 192 KiB of stages. HALF: columns of exp, and of one reference.
+_TMA_LOGITS = {**_tile(128, 256, 64, 8, 4), "HALF": 128}
+_TMA_SUM = {**_tile(128, 256, 64, 8, 4), "TILE": 128}
 # "ieee" products run on FMA units: a small tile fills them. With the other warps each chip spills.
 _FP32 = {arch: _tile(64, 64, 16, 8 if arch == "sm_90" else 4, 2) for arch in ARCHS}
 
@@ -46,14 +49,7 @@ def _sum_config(rows: int, arch: str, elem_bytes: int, rescale: bool) -> dict:
     return {**tile, "TILE": tile["BLOCK_N"] if rescale else 0}
 
 
-def linear_logprob_fwd_config(M: int, H: int, V: int, arch: str, *, elem_bytes: int = 2) -> dict:
-    """{"rows", "columns", "logits", "sum"}: a chunk of p is [rows, columns].
-
-    One wave of blocks in either product: rows × H blocks of u, rows × columns of p. More waves of p
-    where u and the workspace stay within a twentieth of the logits' bytes.
-    """
-    logits = _pick(M, arch, elem_bytes)
-    total = _sum_config(M, arch, elem_bytes, True)
+def _chunks(M: int, H: int, V: int, arch: str, elem_bytes: int, logits: dict, total: dict) -> dict:
     rows = total["BLOCK_M"] * max(1, SMS[arch] // -(-H // total["BLOCK_N"]))
     rows = min(rows, -(-M // total["BLOCK_M"]) * total["BLOCK_M"])
     wave = logits["BLOCK_N"] * max(1, SMS[arch] // -(-rows // logits["BLOCK_M"]))
@@ -61,6 +57,22 @@ def linear_logprob_fwd_config(M: int, H: int, V: int, arch: str, *, elem_bytes: 
     waves = max(1, min(4, spare // (rows * wave * elem_bytes)))
     columns = min(waves * wave, -(-V // logits["BLOCK_N"]) * logits["BLOCK_N"])
     return {"rows": rows, "columns": columns, "logits": logits, "sum": total}
+
+
+def linear_logprob_fwd_config(M: int, H: int, V: int, arch: str, *, elem_bytes: int = 2) -> dict:
+    """{"rows", "columns", "logits", "sum", "tma"}: a chunk of p is [rows, columns]; tma: the same
+    for the kernels that take the head by TMA, or None.
+
+    One wave of blocks in either product: rows × H blocks of u, rows × columns of p. More waves of p
+    where u and the workspace stay within a twentieth of the logits' bytes.
+    """
+    sizes = (M, H, V, arch, elem_bytes)
+    by_tma = arch == "sm_90" and elem_bytes == 2 and M > FEW_ROWS
+    total = _sum_config(M, arch, elem_bytes, True)
+    return {
+        **_chunks(*sizes, _pick(M, arch, elem_bytes), total),
+        "tma": _chunks(*sizes, _TMA_LOGITS, _TMA_SUM) if by_tma else None,
+    }
 
 
 def linear_logprob_bwd_config(M: int, H: int, V: int, arch: str, *, elem_bytes: int = 2) -> dict:
@@ -93,6 +105,8 @@ def linear_logprob_configs(arch: str) -> list[dict]:
                 for keep, grad in ((False, False), (True, False), (False, True)):
                     add("logits", size, f["logits"], KEEP=keep, GRAD=grad, SOFTCAP=cap)
             add("sum", size, f["sum"], RESCALE=True, SPLIT=size == 2)
+            for kernel in ("logits", "sum") if f["tma"] else ():
+                add(f"{kernel}_tma", size, f["tma"][kernel])
             add("sum", size, b["sum"], RESCALE=False, SPLIT=size == 2)
             add("dw", size, b["dw"])
         for out in (None, "NEED_U", "NEED_DH"):

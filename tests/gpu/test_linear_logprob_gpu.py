@@ -36,9 +36,9 @@ def make(shape, dtype):
 
 def run(op, h, w, labels, bias, g, head, **kw):
     h = h.detach().clone().requires_grad_()
-    w, bias = (t.detach().clone().requires_grad_(head) for t in (w, bias))
+    w, bias = (None if t is None else t.detach().clone().requires_grad_(head) for t in (w, bias))
     y = op(h, w, labels, bias, **kw)
-    leaves = [t for t in (h, w, bias) if t.requires_grad]
+    leaves = [t for t in (h, w, bias) if t is not None and t.requires_grad]
     return (y.detach(), *torch.autograd.grad(y, leaves, g.to(y.dtype)))
 
 
@@ -57,6 +57,21 @@ def test_against_float64(check_accuracy, name, dtype, head, options):
     for label, *t in zip(("logp", "dh", "dw", "dbias"), got, low, ref, strict=False):
         check_accuracy(label, *t)
     assert all((t[labels == -100] == 0).all() for t in got[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("name", ["rows_in_chunks", "llama_1b", "all_ignored"])
+def test_a_frozen_head_without_bias(check_accuracy, name, dtype):
+    """What Hopper takes by TMA."""
+    h, w, labels, _, g = make(SHAPES[name], dtype)
+    clean = h.where((labels != -100)[:, None], 0.0)
+    got = run(ops.linear_logprob, h, w, labels, None, g, False, impl="triton")
+    low = run(ops.linear_logprob_ref, clean, w, labels, None, g, False)
+    ref = run(ops.linear_logprob_ref, clean.double(), w.double(), labels, None, g.double(), False)
+    for label, *t in zip(("logp", "dh"), got, low, ref, strict=False):
+        check_accuracy(label, *t)
+    again = run(ops.linear_logprob, h, w, labels, None, g, False, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
 def test_runs_are_bit_equal_and_a_second_backward_too():

@@ -98,6 +98,53 @@ def test_every_table_by_chunks(arch, large, monkeypatch):
         check(t, head, softcap=3.0)
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """Hopper with one SM, which takes everything by TMA that it can; the launches there were."""
+    monkeypatch.setattr(launchers, "arch_of", lambda device: "sm_90")
+    monkeypatch.setitem(SMS, "sm_90", 1)
+    monkeypatch.setattr(tables, "FEW_ROWS", 0)
+    seen, launch = [], launchers.ByTma.add_product
+
+    def add_product(self, *args):
+        seen.append(args)
+        launch(self, *args)
+
+    monkeypatch.setattr(launchers.ByTma, "add_product", add_product)
+    return seen
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_by_tma(temperature, hopper):
+    """Chunks of rows and words, the last of each ragged; rows out of order, ignored ones NaN."""
+    check(make((150, 320, 530, 12), torch.float16, bias=False), False, temperature=temperature)
+    assert len(hopper) == 6  # two chunks of 128 rows, three of 256 words
+
+
+def test_references_that_jump_by_tma(hopper):
+    """Logits from -60 to 60 along the words, up and down: p must fit fp16 (a jump beyond 8)."""
+    h, w, labels, _, g = make((140, 128, 600, 6), torch.float16, bias=False)
+    h[:, 0], w[:, 1:] = torch.where(h[:, 0].isnan(), h[:, 0], 8.0), w[:, 1:] / 4
+    for ramp in (torch.linspace(-7.5, 7.5, 600), torch.linspace(7.5, -7.5, 600)):
+        w[:, 0] = ramp.to(w.dtype)
+        counts = (labels >= 0).nonzero().flatten()
+        labels[counts] = w[:, 0].argmax()
+        labels[counts[10:20]] = w[:, 0].argmin()  # else every gradient is of one word
+        got = check((h, w, labels, None, g), False, 16.0)
+        assert got[0].min() < -80
+    assert hopper
+
+
+@pytest.mark.parametrize("what", ["bias", "softcap", "width", "strides"])
+def test_what_tma_does_not_take(what, hopper):
+    """Goes by pointers, and is as right."""
+    d = 70 if what == "width" else 64
+    h, w, *rest = make((140, d, 300, 5), torch.float16, bias=what == "bias")
+    w = w.t().contiguous().t() if what == "strides" else w
+    check((h, w, *rest), False, **({"softcap": 3.0} if what == "softcap" else {}))
+    assert not hopper
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_references_that_jump(dtype, monkeypatch):
     """Logits grow along the vocabulary by far more than exp can hold from a fixed reference."""

@@ -26,6 +26,11 @@ def test_every_choice_is_listed(arch):
             ("sum", b["sum"]), ("dw", b["dw"]),
         ):  # fmt: skip
             assert (kernel, size, config) in known
+        if tma := f["tma"]:
+            assert ("logits_tma", size, tma["logits"]) in known
+            assert ("sum_tma", size, tma["sum"]) in known
+            assert tma["columns"] % tma["logits"]["BLOCK_N"] == 0
+            assert tma["logits"]["HALF"] == tma["sum"]["TILE"] == tma["logits"]["BLOCK_N"] // 2
         assert f["columns"] % f["logits"]["BLOCK_N"] == 0 == f["rows"] % f["sum"]["BLOCK_M"]
         assert b["columns"] % b["logits"]["BLOCK_N"] == 0 and f["sum"]["TILE"] > 0
 
@@ -34,10 +39,12 @@ def test_every_choice_is_listed(arch):
 @pytest.mark.parametrize("m", (4096, 8192, 32768))
 def test_extra_memory_is_a_twentieth_of_the_logits(m, arch):
     H, V = 4096, 128256
-    f = linear_logprob_fwd_config(m, H, V, arch)
-    stats = 2 * 4 * f["rows"] * f["columns"] // f["logits"]["BLOCK_N"] + 4 * m * 8
-    extra = 2 * m * H + 2 * f["rows"] * (f["columns"] + H) + stats
-    assert extra <= 0.05 * 2 * m * V
+    usual = linear_logprob_fwd_config(m, H, V, arch)
+    assert (usual["tma"] is not None) == (arch == "sm_90")
+    for f in filter(None, (usual, usual["tma"])):
+        stats = 2 * 4 * f["rows"] * f["columns"] // f["sum"]["TILE"] + 4 * m * 8
+        extra = 2 * m * H + 2 * f["rows"] * (f["columns"] + H) + stats
+        assert extra <= 0.05 * 2 * m * V
     b = linear_logprob_bwd_config(m, H, V, arch)
     assert 2 * m * (b["columns"] + H) <= 0.05 * 2 * m * V
 
