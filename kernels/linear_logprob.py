@@ -172,13 +172,11 @@ def linear_logprob_fwd(
     tma = cfg["tma"]
     if tma is not None and fits_tma(h, w, bias, softcap, tma["logits"]):
         cfg = tma
-    else:
-        tma = None
     rows, columns, n = cfg["rows"], cfg["columns"], cfg["sum"]["TILE"]
     p = call.new(rows, columns, dtype=h.dtype)
     lo = call.new(rows, H, dtype=torch.int16) if call.split else call.label_z
     top, total = call.new(columns // n, rows), call.new(columns // n, rows)
-    by_tma = ByTma(h, w, p, tma["logits"], tma["sum"]) if tma else None
+    by_tma = ByTma(h, w, p, cfg["logits"], cfg["sum"]) if cfg is tma else None
     rest = (call.order, call.count)
     running = [call.new(2, rows), call.new(2, rows)]  # reference and sum: read one, write the other
     for row0 in range(0, M, rows):
