@@ -112,6 +112,37 @@ def _linear_logprob_logits_kernel(
             tl.store(p_ptrs, e.to(dtype), mask=row_ok[:, None] & col_ok[None, :])
 
 
+@triton.jit
+def _store_halves(hi_ptrs, lo_ptrs, acc, mask):
+    bits = acc.to(tl.int32, bitcast=True)
+    tl.store(lo_ptrs, bits.to(tl.int16), mask=mask)
+    tl.store(hi_ptrs, (bits >> 16).to(tl.int16), mask=mask)
+
+
+@triton.jit
+def _move_reference(
+    ref_ptr, sum_ptr, next_ref_ptr, next_sum_ptr, top_ptr, total_ptr, rows, row_ok,
+    tiles, stride_tm, mine,
+):  # fmt: skip
+    """(the rows' new reference, exp(old − new), 1 if one has moved): the largest of the tiles'.
+
+    mine: writes it and the running Σ exp(z − reference) for the next chunk.
+    """
+    rows64 = tl.where(row_ok, rows, 0).to(tl.int64)
+    ref = tl.load(ref_ptr + rows64)
+    new = ref
+    for t in range(tiles):
+        new = tl.maximum(new, tl.load(top_ptr + t * stride_tm + rows64))
+    shrink = tl.exp(ref - new)
+    total = tl.load(sum_ptr + rows64) * shrink
+    for t in range(tiles):
+        top = tl.load(top_ptr + t * stride_tm + rows64)
+        total += tl.load(total_ptr + t * stride_tm + rows64) * tl.exp(top - new)
+    tl.store(next_ref_ptr + rows, new, mask=row_ok & mine)
+    tl.store(next_sum_ptr + rows, total, mask=row_ok & mine)
+    return new, shrink, tl.max(tl.where(row_ok & (new > ref), 1, 0), 0)
+
+
 @triton.jit(do_not_specialize=["first", "tiles"])
 def _linear_logprob_sum_kernel(
     p_ptr, w_ptr, order_ptr, count_ptr, hi_ptr, lo_ptr,
@@ -146,20 +177,11 @@ def _linear_logprob_sum_kernel(
     jumped = 0
     new = tl.zeros((BLOCK_M,), dtype=tl.float32)
     if RESCALE:
-        ref = tl.load(ref_ptr + rows64)
-        new = ref
-        for t in range(tiles):
-            new = tl.maximum(new, tl.load(top_ptr + t * stride_tm + rows64))
-        shrink = tl.exp(ref - new)
-        total = tl.load(sum_ptr + rows64) * shrink
-        for t in range(tiles):
-            top = tl.load(top_ptr + t * stride_tm + rows64)
-            total += tl.load(total_ptr + t * stride_tm + rows64) * tl.exp(top - new)
-        mine = row_ok & (pid_n == 0)
-        tl.store(next_ref_ptr + rows, new, mask=mine)
-        tl.store(next_sum_ptr + rows, total, mask=mine)
+        new, shrink, jumped = _move_reference(
+            ref_ptr, sum_ptr, next_ref_ptr, next_sum_ptr, top_ptr, total_ptr, rows, row_ok,
+            tiles, stride_tm, pid_n == 0,
+        )  # fmt: skip
         acc *= shrink[:, None]
-        jumped = tl.max(tl.where(row_ok & (new > ref), 1, 0), 0)
 
     ks = tl.arange(0, BLOCK_K)
     words = (v0 + ks).to(tl.int64)
@@ -185,9 +207,7 @@ def _linear_logprob_sum_kernel(
             p_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * stride_wv
     if SPLIT:
-        bits = acc.to(tl.int32, bitcast=True)
-        tl.store(lo_ptrs, bits.to(tl.int16), mask=ok)
-        tl.store(hi_ptrs, (bits >> 16).to(tl.int16), mask=ok)
+        _store_halves(hi_ptrs, lo_ptrs, acc, ok)
     else:
         tl.store(hi_ptrs, acc, mask=ok)
 

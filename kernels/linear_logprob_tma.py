@@ -17,7 +17,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedpeft.kernels.device import on_device
-from fusedpeft.kernels.linear_logprob_kernels import NEVER, _block
+from fusedpeft.kernels.linear_logprob_kernels import (
+    NEVER,
+    _block,
+    _load_halves,
+    _move_reference,
+    _store_halves,
+)
 from fusedpeft.kernels.lora_gemm import tma_ok
 
 
@@ -96,21 +102,13 @@ def _linear_logprob_sum_tma_kernel(
     rows = row + tl.arange(0, BLOCK_M)
     row_ok = (rows < M) & (row0 + rows < count)
     rows64 = tl.where(row_ok, rows, 0).to(tl.int64)
-    ref = tl.load(ref_ptr + rows64)
-    new = ref
-    for t in range(tiles):
-        new = tl.maximum(new, tl.load(top_ptr + t * stride_tm + rows64))
-    shrink = tl.exp(ref - new)
-    total = tl.load(sum_ptr + rows64) * shrink
-    for t in range(tiles):
-        top = tl.load(top_ptr + t * stride_tm + rows64)
-        total += tl.load(total_ptr + t * stride_tm + rows64) * tl.exp(top - new)
-    mine = row_ok & (pid_n == 0)
-    tl.store(next_ref_ptr + rows, new, mask=mine)
-    tl.store(next_sum_ptr + rows, total, mask=mine)
+    new, shrink, jumped = _move_reference(
+        ref_ptr, sum_ptr, next_ref_ptr, next_sum_ptr, top_ptr, total_ptr, rows, row_ok,
+        tiles, stride_tm, pid_n == 0,
+    )  # fmt: skip
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if tl.max(tl.where(row_ok & (new > ref), 1, 0), 0) != 0:
+    if jumped != 0:
         for k0 in range(0, N, BLOCK_K):
             p = p_desc.load([row, k0])
             w = w_desc.load([v0 + k0, col])
@@ -133,12 +131,8 @@ def _linear_logprob_sum_tma_kernel(
             ok = row_ok[:, None] & (cols < H)[None, :]
             hi_ptrs = hi_ptr + target[:, None] * stride_om + cols[None, :]
             lo_ptrs = lo_ptr + rows64[:, None] * H + cols[None, :]
-            hi = tl.load(hi_ptrs, mask=ok & (first == 0), other=0).to(tl.int32)
-            lo = tl.load(lo_ptrs, mask=ok & (first == 0), other=0).to(tl.int32)
-            old = ((hi << 16) | (lo & 0xFFFF)).to(tl.float32, bitcast=True)
-            bits = (x + old * shrink[:, None]).to(tl.int32, bitcast=True)
-            tl.store(lo_ptrs, bits.to(tl.int16), mask=ok)
-            tl.store(hi_ptrs, (bits >> 16).to(tl.int16), mask=ok)
+            old = _load_halves(hi_ptrs, lo_ptrs, ok & (first == 0), True)
+            _store_halves(hi_ptrs, lo_ptrs, x + old * shrink[:, None], ok)
 
 
 def fits_tma(h: Tensor, w: Tensor, bias: Tensor | None, softcap: float, config: dict) -> bool:
