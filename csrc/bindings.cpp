@@ -13,7 +13,6 @@
 #include "pool.h"
 #if FUSEDPEFT_CUDA
 #include "cuda/adapter_decode.h"
-#include "cuda/lora_shrink.h"
 #include "cuda/multi_lora.h"
 #include "cuda/prefix_decode.h"
 #endif
@@ -170,22 +169,12 @@ void prefix_decode(Address q, Address k, Address v, Address pk, Address pv, Addr
 }
 
 #if FUSEDPEFT_CUDA
-void lora_shrink_cuda(Address x, Address a, Address s, int64_t m, int64_t k, int64_t r, int64_t sx,
-                      int64_t sa, int64_t ss, int dtype, int adapter_dtype, Address stream) {
-  check_matrix("x", x, m, k, sx);
-  check_matrix("a", a, r, k, sa);
-  check_matrix("s", s, m, r, ss);
-  py::gil_scoped_release release;
-  cuda::lora_shrink(pointer(x), pointer(a), pointer(s), m, k, r, sx, sa, ss, dtype, adapter_dtype,
-                    pointer(stream));
-}
-
 void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slots, Address a,
                      Address b, Address rank, Address scale, Address s, Address sums,
                      const std::vector<int64_t>& sizes, int64_t count, int64_t max_rank, int64_t m,
                      int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t a_slot, int64_t a_row,
                      int64_t b_slot, int processors, int splits, int dtype, int adapter_dtype,
-                     Address stream) {
+                     double one_scale, Address stream) {
   const auto parts = static_cast<int64_t>(sizes.size());
   constexpr int64_t kMost = int64_t{1} << 30;  // these are 32 bits on the device
   check(parts <= cuda::kMaxParts, "sizes: expected at most ", cuda::kMaxParts, " parts, got ", parts);
@@ -195,9 +184,11 @@ void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slot
   check_matrix("x", x, m, k, sx);
   check_matrix("w", w, n, k, sw);
   check_matrix("y", y, m, n, n);
-  check_matrix("slots", slots, m, 1, 1);
-  check_matrix("rank", rank, count, parts, parts);
-  check_matrix("scale", scale, count, parts, parts);
+  if (slots || rank || scale || count != 1) {  // else one adapter for all
+    check_matrix("slots", slots, m, 1, 1);
+    check_matrix("rank", rank, count, parts, parts);
+    check_matrix("scale", scale, count, parts, parts);
+  }
   check_matrix("a", a, count, parts * max_rank * k, a_slot);
   check_matrix("b", b, count, n * max_rank, b_slot);
   check(s && (sums || splits == 1), "s, sums: expected addresses, got null");
@@ -209,7 +200,7 @@ void multi_lora_cuda(Address x, Address w, Address bias, Address y, Address slot
                           n, sx, sw, a_slot, a_row, b_slot, static_cast<int>(m), static_cast<int>(k),
                           static_cast<int>(count), static_cast<int>(parts),
                           static_cast<int>(max_rank), processors, splits, dtype,
-                          adapter_dtype};
+                          adapter_dtype, static_cast<float>(one_scale)};
   std::copy(sizes.begin(), sizes.end(), call.sizes);
   py::gil_scoped_release release;
   cuda::multi_lora(call, pointer(stream));
@@ -322,7 +313,7 @@ PYBIND11_MODULE(_C, m) {
 #if FUSEDPEFT_CUDA
   m.def("adapter_decode_cuda", &adapter_decode_cuda, "adapter_decode on a CUDA stream, in one launch.");
   m.def("prefix_decode_cuda", &prefix_decode_cuda, "prefix_decode on a CUDA stream.");
-  m.def("multi_lora_cuda", &multi_lora_cuda, "multi_lora on a CUDA stream, for up to 64 rows.");
-  m.def("lora_shrink_cuda", &lora_shrink_cuda, "S = x Aᵀ on a CUDA stream, for up to 64 rows.");
+  m.def("multi_lora_cuda", &multi_lora_cuda,
+        "multi_lora on a CUDA stream, for up to 64 rows; no slots, ranks, scales: one adapter for all.");
 #endif
 }

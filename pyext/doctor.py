@@ -72,7 +72,7 @@ def _lora_on_cuda(cuda: bool, triton: bool) -> list[dict]:
     arch = arch_of(torch.device("cuda")) if cuda else "sm_90"
     found = []
     for tokens, dtype, elem_bytes in (
-        (16, "bf16", 2), (1024, "bf16", 2), (8192, "bf16", 2), (1024, "fp32", 4)
+        (64, "bf16", 2), (1024, "bf16", 2), (8192, "bf16", 2), (1024, "fp32", 4)
     ):  # fmt: skip
         for kind in ("fwd", "bwd"):
             sizes = (tokens, 4096, 4096, 16, arch)
@@ -95,19 +95,20 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
         (f"CPU, 1-{most} tokens, no grad", "cpu", 1, False),
         (f"CPU, more than {most} tokens, no grad", "cpu", most + 1, False),
         ("CPU, training", "cpu", 1024, True),
+        (f"CUDA, 1-{most} tokens, no grad", "cuda", 1, False),
     ]
+    kernel = {"cpu": native is not None, "cuda": hasattr(native, "multi_lora_cuda")}
     found = []
     for label, device, tokens, grad in cases:
-        impl, why = choose_impl(device, tokens, grad, native is not None)
-        if device == "cpu" and tokens <= most and native is None:
-            why = "fusedpeft._C is not built"
+        impl, why = choose_impl(device, tokens, grad, kernel[device])
+        if tokens <= most and not kernel[device]:
+            why = f"fusedpeft._C is not built{' with CUDA' if device == 'cuda' else ''}"
         for op in ("lora_linear", "lora_linear_multi"):
             found.append({"op": op, "case": label, "impl": impl, "why": why})
     found += _lora_on_cuda(cuda, triton)
     for device in ("cpu", "cuda"):
         for tokens, label in ((MAX_CUDA_TOKENS, "1-64 tokens"), (MAX_CUDA_TOKENS + 1, "more")):
-            has = hasattr(native, "multi_lora_cuda")
-            impl, why = choose_multi_impl(device, tokens, native is not None, has)
+            impl, why = choose_multi_impl(device, tokens, native is not None, kernel["cuda"])
             case = f"{device.upper()}, {label}"
             found.append({"op": "multi_lora_linear", "case": case, "impl": impl, "why": why})
         impl, why = choose_quantised_impl(device)

@@ -31,9 +31,11 @@ __device__ inline int row_length(int rank) { return (rank + 7) / 8 * 8; }
 // The rank of a slot's part, -1 for one that is free or cannot be.
 __device__ inline int rank_of(const Args& a, int slot, int part) {
   if (slot < 0 || slot >= a.count) return -1;
-  const int rank = a.rank[int64_t(slot) * a.parts + part];
+  const int rank = a.rank ? a.rank[int64_t(slot) * a.parts + part] : a.max_rank;
   return rank <= a.max_rank ? rank : -1;
 }
+
+__device__ inline int slot_of(const Args& a, int token) { return a.slots ? a.slots[token] : 0; }
 
 template <class T>
 __device__ inline void load8(const T* p, bool aligned, float (&v)[8]) {
@@ -56,7 +58,7 @@ __device__ inline Unit find_unit(const Args& a, int64_t index) {
   const int pairs = a.m * a.parts, pair = int(index % pairs);
   Unit unit = {pair / a.parts, pair % a.parts, 0, -1, int(index / pairs) * kRanks};
   if (unit.first >= a.max_rank) return unit;
-  unit.slot = a.slots[unit.token];
+  unit.slot = slot_of(a, unit.token);
   unit.rank = rank_of(a, unit.slot, unit.part);
   return unit;
 }
@@ -103,7 +105,7 @@ __device__ void produce(const Args& a, float* partial) {  // partial [kThreads /
 #pragma unroll
       for (int i = 0; i < kThreads / kWarp; ++i) total += partial[i * kRanks + threadIdx.x];
       const int at = unit.first + threadIdx.x;
-      total *= a.scale[int64_t(unit.slot) * a.parts + unit.part];
+      total *= a.scale ? a.scale[int64_t(unit.slot) * a.parts + unit.part] : a.one_scale;
       // Zeros to the end of a row of B, whose own zeros would not cover a NaN.
       a.s[(int64_t(unit.token) * a.parts + unit.part) * a.max_rank + at] = at < unit.rank ? total : 0.0f;
     }
@@ -126,7 +128,7 @@ __device__ void add_adapters(const Args& a, const Place& place, float* plane, in
   const int count = (min(kTokens, a.m - place.token) - first + stride - 1) / stride;  // this warp's
   const P* b = static_cast<const P*>(a.b);
   if (lane < count) {
-    const int token = first + lane * stride, slot = a.slots[place.token + token];
+    const int token = first + lane * stride, slot = slot_of(a, place.token + token);
     int length = 0;
     int64_t start = 0;
     if (slot != -1) {

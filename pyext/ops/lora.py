@@ -13,11 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed, dropout_ref
-from fusedpeft.ops.lora_check import check, check_native, check_quantised, is_plain, is_sound
+from fusedpeft.ops.lora_check import (
+    check,
+    check_decode,
+    check_quantised,
+    decode_ok,
+    is_plain,
+    is_sound,
+)
 from fusedpeft.ops.lora_choice import use_triton
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, native_fwd, native_ok
 from fusedpeft.ops.lora_dora import dora_factor
 from fusedpeft.ops.lora_quantised import lora_quantised
+from fusedpeft.ops.multi_lora_cuda import one_fwd
 from fusedpeft.ops.quantised import QuantisedWeight
 
 
@@ -46,9 +54,14 @@ def choose_impl(
     device_type: str, tokens: int, needs_grad: bool, native_ok: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, str]:  # fmt: skip
-    """(implementation, why) that `lora_linear` takes by itself. Pure; `doctor` prints it."""
+    """(implementation, why) that `lora_linear` takes by itself. Pure; `doctor` prints it.
+
+    native_ok: the C++ or CUDA kernel is built and takes these tensors.
+    """
     if device_type == "cuda" and dtype == torch.float64:
         return "aten", "the Triton kernels sum in fp32: fp64 takes ATen"
+    if device_type == "cuda" and native_ok and not needs_grad and tokens <= MAX_DECODE_TOKENS:
+        return "cuda", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one launch of C++"
     if device_type == "cuda":
         return "by shape", "Triton or cuBLAS, as lora_choice.choose says of the sizes"
     if device_type != "cpu":
@@ -60,6 +73,9 @@ def choose_impl(
     if not native_ok:
         return "aten", "dtypes or strides that the C++ kernel does not take"
     return "native", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one C++ pass over W"
+
+
+DECODE = {"native": native_fwd, "cuda": one_fwd}  # for a few rows, without gradients
 
 
 # --- custom ops ---------------------------------------------------------------------------------
@@ -90,11 +106,11 @@ def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
 
 def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
     if impl == "":
-        ok = dropout_p == 0.0 and native_ok(x, w, a, b)
-        if choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0] == "native":
-            impl = "native"
-    if impl == "native":
-        return native_fwd(x, w, a, b, bias, scale)
+        ok = dropout_p == 0.0 and decode_ok(x, w, a, b)
+        impl = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
+        impl = impl if impl in DECODE else ""
+    if impl in DECODE:
+        return DECODE[impl](x, w, a, b, bias, scale)
     return _forward(x, w, a, b, bias, seed, scale, dropout_p, impl)[0]
 
 
@@ -206,8 +222,9 @@ def lora_linear(
     w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form ("aten", "triton").
 
     impl: None chooses by device and shape, on CUDA for forward and backward each (lora_choice.py;
-    `fusedpeft doctor` shows it); "native" (C++ decode, CPU, at most 16 rows, no gradients), "aten"
-    (on CUDA: cuBLAS and passes that accumulate), "triton" force one.
+    `fusedpeft doctor` shows it); "native" (C++ decode, CPU, at most 16 rows, no gradients), "cuda"
+    (the same on a GPU, at most 64 rows, R a multiple of 8), "aten" (on CUDA: cuBLAS and passes that
+    accumulate), "triton" force one.
 
     Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
     ValueError with the expected and the given value before anything is launched.
@@ -245,8 +262,8 @@ def lora_linear(
 
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
-    if impl == "native":
-        check_native(x2, w, a, b, needs_grad, dropout_p)
+    if impl in DECODE:
+        check_decode(impl, x2, w, a, b, needs_grad, dropout_p)
     args = (x2, w, a, b, bias, seed, float(scale), float(dropout_p), impl or "")
     if needs_grad:
         y = _LoraLinear.apply(*args) if plain else torch.ops.fusedpeft.lora_linear(*args)[0]

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
-from fusedpeft.ops.native import DTYPE_CODES
+from fusedpeft.ops.multi_lora_cuda import MAX_CUDA_TOKENS, one_ok
+from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.quantised import QuantisedWeight
+from fusedpeft.ops.slots import RANK_STEP
 
-IMPLS = ("native", "aten", "triton")
+IMPLS = ("native", "cuda", "aten", "triton")
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -104,17 +106,38 @@ def check_quantised(x, w: QuantisedWeight, a, b, bias, scale, dropout_p, magnitu
         raise TypeError(f"x: expected a Tensor [*, K], got {type(x).__name__}")
     if w.device != x.device:
         raise ValueError(f"w: expected device {x.device} (as x), got {w.device}")
-    if impl == "native":
-        raise ValueError("impl: expected 'aten', 'triton' or None for a quantised w, got 'native'")
+    if impl in ("native", "cuda"):
+        raise ValueError(f"impl: expected 'aten', 'triton' or None for a quantised w, got {impl!r}")
     check(x, x.new_empty(()).expand(w.shape), a, b, bias, scale, dropout_p, magnitude, impl)
 
 
-def check_native(x: Tensor, w: Tensor, a: Tensor, b: Tensor, needs_grad: bool, p: float) -> None:
-    if needs_grad or p > 0.0:
-        raise ValueError("impl='native': expected no gradients and no dropout; use 'aten' to train")
-    if x.shape[0] > MAX_DECODE_TOKENS:
-        raise ValueError(f"impl='native': expected <= {MAX_DECODE_TOKENS} rows, got {x.shape[0]}")
-    if x.device.type != "cpu" or not native_ok(x, w, a, b):
+def decode_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the C++ kernel of x's device is there and takes what `check` has passed."""
+    return one_ok(w, a, b) if x.is_cuda else native_ok(x, w, a, b)
+
+
+def check_decode(impl: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor, grad: bool, p: float):
+    """What impl="native" and impl="cuda" ask beyond `check`. x [M, K]."""
+    most = MAX_DECODE_TOKENS if impl == "native" else MAX_CUDA_TOKENS
+    if grad or p > 0.0:
+        raise ValueError(
+            f"impl={impl!r}: expected no gradients and no dropout; use 'aten' to train"
+        )
+    if x.shape[0] > most:
+        raise ValueError(f"impl={impl!r}: expected <= {most} rows, got {x.shape[0]}")
+    if impl == "cuda" and not x.is_cuda:
+        raise ValueError(f"impl='cuda': expected CUDA tensors, got {x.device}")
+    if impl == "cuda" and not hasattr(native, "multi_lora_cuda"):
+        raise NotImplementedError(
+            "impl='cuda': fusedpeft._C was built without its CUDA half; build with FUSEDPEFT_CUDA=1"
+        )
+    if impl == "cuda" and (x.dtype not in DTYPE_CODES or not one_ok(w, a, b)):
+        raise ValueError(
+            "impl='cuda': expected fp32, bf16 or fp16 with unit inner strides, b contiguous, R a "
+            f"multiple of {RANK_STEP} and adapters of the same dtype or fp32, got {x.dtype}/"
+            f"{a.dtype}, R {a.shape[0]}, strides {w.stride()}, {a.stride()}, {b.stride()}"
+        )
+    if impl == "native" and (x.device.type != "cpu" or not native_ok(x, w, a, b)):
         raise ValueError(
             "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
             f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"

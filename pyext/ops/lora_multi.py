@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops.dropout import as_seed
-from fusedpeft.ops.lora import choose_impl, lora_linear, lora_linear_ref
-from fusedpeft.ops.lora_check import PLAIN, check_multi, check_native
+from fusedpeft.ops.lora import DECODE, choose_impl, lora_linear, lora_linear_ref
+from fusedpeft.ops.lora_check import PLAIN, check_decode, check_multi, decode_ok
 from fusedpeft.ops.lora_choice import use_triton
-from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd, native_fwd, native_ok
+from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd
 from fusedpeft.ops.lora_dora import dora_factor
 
 
@@ -206,8 +206,8 @@ def lora_linear_multi(
     dropout_p drops with one mask of x, a function of `seed`, for all projections: what the same
     seed gives in `lora_linear`. magnitudes make DoRA of those projections.
 
-    impl: None chooses as `lora_linear` does; "native" (C++ decode, projection by projection),
-    "aten", "triton" force one.
+    impl: None chooses as `lora_linear` does; "native" and "cuda" (decode, projection by
+    projection), "aten", "triton" force one.
 
     Saved for backward: x, and S (M·ΣR elements in the adapters' dtype). Raises TypeError or
     ValueError, which names the projection, before anything is launched.
@@ -234,28 +234,26 @@ def lora_linear_multi(
     return tuple(ys)
 
 
-def _decode(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, scale: float):
-    """`native_fwd` for compilers and subclasses: through the custom op."""
-    return lora_linear(x, w, a, b, scale, bias, impl="native")
-
-
 def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Tensor]:
     """x [M, K]: DoRA and autocast are done with."""
     tensors = [t for t in (x, *ws, *as_, *bs, *biases) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     plain = all(type(t) in PLAIN for t in tensors) and not torch.compiler.is_compiling()
     trios = [t for t in zip(ws, as_, bs, strict=True) if t[1] is not None]
-    if impl == "native":
+    if impl in DECODE:
         for trio in trios:
-            check_native(x, *trio, needs_grad, dropout_p)
+            check_decode(impl, x, *trio, needs_grad, dropout_p)
     elif impl is None and not needs_grad and dropout_p == 0.0:
-        ok = all(native_ok(x, *t) for t in trios)
-        if choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0] == "native":
-            impl = "native"
-    if impl == "native":
-        decode = native_fwd if plain else _decode
+        ok = all(decode_ok(x, *t) for t in trios)
+        chosen = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
+        impl = chosen if chosen in DECODE else None
+    if impl in DECODE:
         return [
-            F.linear(x, w, c) if a is None else decode(x, w, a, b, c, s)
+            F.linear(x, w, c)
+            if a is None
+            else DECODE[impl](x, w, a, b, c, s)
+            if plain
+            else lora_linear(x, w, a, b, s, c, impl=impl)  # compilers, subclasses: the custom op
             for w, a, b, s, c in zip(ws, as_, bs, scales, biases, strict=True)
         ]
     like = next(a for a in as_ if a is not None)  # no adapter: one of rank 0

@@ -1,5 +1,5 @@
-// multi_lora.cu on a CPU against sums in fp64, each case twice over the same flags with other slots,
-// then with K in splits.
+// multi_lora.cu on a CPU against sums in fp64, each case twice over the same flags with other slots and
+// K in splits; where nothing is stacked also with one adapter for all tokens.
 // Prints a line a case; exits with 1 where one is off.
 #include <algorithm>
 #include <cmath>
@@ -79,18 +79,25 @@ bool run(const char* name, int dtype, int adapter_dtype, const Case& c) {
   MultiLora call = {x.begin(), w.begin(), bias.begin(), y.begin(), slots.data(), a.begin(), b.begin(),
                     rank.data(), scale.data(), s.get(), sums.get(), {}, n, x.stride, w.stride, a.stride,
                     c.k, b.stride, c.m, c.k, kSlots, parts, c.max_rank, kProcessors, 1, dtype,
-                    adapter_dtype};
+                    adapter_dtype, 0.75f};
   std::copy(c.sizes.begin(), c.sizes.end(), call.sizes);
 
   const double step = dtype == kFloat32 ? 0.0 : dtype == kBFloat16 ? 0x1p-8 : 0x1p-11;
   double worst = 0.0;
   bool ok = true;
-  for (int replay = 0; replay < 2; ++replay) {
+  for (int replay = 0; replay < (parts == 1 ? 3 : 2); ++replay) {
     for (int i = 0; i < c.m; ++i) slots[i] = int(random() % (kSlots + 2)) - 1;  // -1 to one too many
     if (c.m > 3) slots[replay] = kSlots - 1, slots[2] = -7;
+    if (replay == 2) {  // what null stands for: slot 0, of max_rank and one_scale
+      std::fill(slots.begin(), slots.end(), 0);
+      for (int64_t i = int64_t(rank[0]) * c.k; i < int64_t(c.max_rank) * c.k; ++i)
+        a.begin()[i] = from_float<P>(0.5f);
+      rank[0] = c.max_rank, scale[0] = call.one_scale;
+      call.slots = call.rank = nullptr, call.scale = nullptr, call.count = 1;
+    }
     std::fill_n(s.get(), int64_t(c.m) * parts * c.max_rank, NAN);
     std::fill_n(sums.get(), 2 * c.m * n, NAN);
-    call.splits = replay ? 3 : 1;
+    call.splits = replay == 1 ? 3 : 1;
     multi_lora(call, nullptr);
     ok &= flags[0] == 0 && flags[1] == 0 && flags[2] == 0;
     for (int token = 0; token < c.m; ++token) {

@@ -19,7 +19,6 @@ from fusedpeft.ops.native import native
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {  # name: instances
     "adapter_decode_kernel": 10,
-    "lora_shrink_kernel": 15,
     "multi_lora_fma_kernel": 3,
     "multi_lora_mma_kernel": 8,
     "prefix_decode_fma_kernel": 3,
@@ -81,37 +80,18 @@ def test_every_architecture_is_there_and_nothing_spills(cuobjdump):
 @needs_cuda_half
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the launch would succeed")
 def test_a_failed_launch_names_its_kernel():
-    x = torch.zeros(4, 64)
-    with pytest.raises(RuntimeError, match="^lora_shrink_kernel: "):
-        native.lora_shrink_cuda(
-            x.data_ptr(), x.data_ptr(), x.data_ptr(), 4, 64, 4, 64, 64, 4, 0, 0, 0
-        )
-
-
-@needs_cuda_half
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"x": 0}, r"^x: expected an address, got null for \[4, 64\]$"),
-        ({"m": -1}, r"^x: expected sizes >= 0, got \[-1, 64\]$"),
-        ({"m": 262141}, "^m: expected 0 <= m <= 262140, got 262141$"),
-        ({"sa": -64}, "^a: expected a row stride >= 0, got -64$"),
-        ({"dtype": 3}, "^dtype: expected a code 0..2, got 3$"),
-        ({"adapter_dtype": 1}, r"^adapter_dtype: expected x's or fp32 \(0\), got 1 beside 0$"),
-    ],
-)
-def test_bad_input_is_refused_before_the_launch(changed, message):
-    x = torch.zeros(4, 64)
-    call = dict(x=x.data_ptr(), a=x.data_ptr(), s=x.data_ptr(), m=4, k=64, r=4, sx=64, sa=64)
-    call |= dict(ss=4, dtype=0, adapter_dtype=0, stream=0) | changed
-    with pytest.raises(ValueError, match=message):
-        native.lora_shrink_cuda(*call.values())
+    calls = dict(q=16, k=16, v=16, pk=0, pv=0, slots=8, prefix_length=0, lengths=0, table=0)
+    calls |= dict(out=16, lse=8, b=1, h=2, hkv=1, t=1, s=8, d=64, slot_count=0, max_prefix=0)
+    calls |= dict(sk=(512, 512, 64), sv=(512, 512, 64), spk=(0, 0, 0), spv=(0, 0, 0))
+    calls |= dict(table_stride=0, block=0, block_count=0, scale=1.0, window=0, dtype=1, work=8)
+    with pytest.raises(RuntimeError, match="^prefix_decode_mma_kernel: "):
+        native.prefix_decode_cuda(*calls.values(), 1, 1, 0)
 
 
 MULTI_LORA = dict(
     x=8, w=8, bias=0, y=8, slots=8, a=8, b=8, rank=8, scale=8, s=8, sums=0, sizes=(24, 8),
     count=3, max_rank=8, m=4, k=64, n=32, sx=64, sw=64, a_slot=1024, a_row=64, b_slot=256,
-    processors=132, splits=1, dtype=1, adapter_dtype=1, stream=0,
+    processors=132, splits=1, dtype=1, adapter_dtype=1, one_scale=1.0, stream=0,
 )  # fmt: skip
 
 
@@ -120,6 +100,15 @@ MULTI_LORA = dict(
     "changed, message",
     [
         ({"w": 0}, r"^w: expected an address, got null for \[32, 64\]$"),
+        ({"m": -1}, r"^x: expected sizes >= 0, got \[-1, 64\]$"),
+        ({"sw": -64}, "^w: expected a row stride >= 0, got -64$"),
+        ({"dtype": 3}, "^dtype: expected a code 0..2, got 3$"),
+        ({"slots": 0}, r"^slots: expected an address, got null for \[4, 1\]$"),
+        ({"count": 1, "rank": 0}, r"^rank: expected an address, got null for \[1, 2\]$"),
+        (  # one adapter for all has no slots, ranks and scales, and is one
+            {"slots": 0, "rank": 0, "scale": 0},
+            r"^slots: expected an address, got null for \[4, 1\]$",
+        ),
         ({"s": 0}, "^s, sums: expected addresses, got null$"),
         ({"splits": 2}, "^s, sums: expected addresses, got null$"),
         ({"splits": 0, "sums": 8}, "^splits: expected 1 <= splits <= 16, got 0$"),
@@ -178,8 +167,6 @@ def test_adapter_decode_refuses_bad_input_before_the_launch(changed, message):
 def test_nothing_to_do_launches_nothing():
     native.adapter_decode_cuda(*(ADAPTER | {"m": 0}).values())
     native.multi_lora_cuda(*(MULTI_LORA | {"m": 0}).values())
-    a = torch.zeros(4, 64)  # m = 0; a launch would throw without a GPU
-    native.lora_shrink_cuda(0, a.data_ptr(), 0, 0, 64, 4, 64, 64, 4, 0, 0, 0)
 
 
 def test_links_no_runtime_that_must_match_torchs():

@@ -8,6 +8,7 @@ import torch
 from fusedpeft import ops
 from fusedpeft.ops import lora_choice
 from fusedpeft.ops.dropout import keep_mask_ref
+from fusedpeft.ops.native import native
 
 lora_gemm = pytest.importorskip("fusedpeft.kernels.lora_gemm", reason="needs triton")
 
@@ -270,6 +271,66 @@ def test_torch_compile_fullgraph(p):
         results.append((y.detach(), *torch.autograd.grad(y, t, dy)))
     for eager, compiled in zip(*results, strict=True):
         assert (eager - compiled).abs().max() <= 2**-6 * eager.abs().max()
+
+
+needs_cuda_half = pytest.mark.skipif(
+    not hasattr(native, "multi_lora_cuda"),
+    reason="needs the CUDA half of fusedpeft._C: build with FUSEDPEFT_CUDA=1",
+)
+
+
+def decode(leaves, **options):
+    x, w, a, b, bias = leaves.values()
+    with torch.no_grad():
+        return ops.lora_linear(x, w, a, b, SCALE, bias, **options)
+
+
+@needs_cuda_half
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "n, k, r", [(4096, 4096, 16), (1024, 2048, 64), (65, 136, 8), (33, 771, 8)]
+)
+@pytest.mark.parametrize("m", [1, 5, 16, 64])
+def test_decode_in_cuda(check_accuracy, m, n, k, r, dtype, adapter_dtype):
+    leaves, _ = make((m, n, k, r), dtype, adapter_dtype)
+    for _ in range(2):
+        x, w, a, b, bias = leaves.values()
+        low = ops.lora_linear_ref(x, w, a, b, SCALE, bias)
+        up = [t.double() for t in (x, w, a, b)]
+        ref = ops.lora_linear_ref(*up, SCALE, bias.double())
+        check_accuracy("y", decode(leaves, impl="cuda"), low, ref)
+        leaves["w"].zero_()  # nothing hides the adapter's errors
+
+
+@needs_cuda_half
+def test_decode_takes_cuda_by_itself_and_triton_where_a_rank_does_not_fit():
+    leaves, _ = make((16, 256, 512, 16), torch.bfloat16)
+    assert torch.equal(decode(leaves), decode(leaves, impl="cuda"))
+    leaves, _ = make((16, 256, 512, 12), torch.bfloat16)
+    assert torch.equal(decode(leaves), decode(leaves, impl="triton"))
+    with pytest.raises(ValueError, match="R a multiple of 8 .* R 12"):
+        decode(leaves, impl="cuda")
+    wide = {
+        name: t if name == "bias" else t.repeat(1, 2)[:, : t.shape[1]] for name, t in leaves.items()
+    }
+    assert torch.equal(decode(wide), decode(leaves))
+
+
+@needs_cuda_half
+def test_decode_in_a_cuda_graph_and_compiled():
+    leaves, _ = make((4, 1024, 512, 16), torch.bfloat16)
+    want = decode(leaves)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = decode(leaves)
+    for seed in range(3):
+        x = leaves["x"]
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        assert torch.equal(y, decode(leaves)) and not torch.equal(y, want)
+    compiled = torch.compile(lambda: decode(leaves), fullgraph=True)
+    assert torch.equal(compiled(), y)
 
 
 def test_a_cuda_graph_makes_dora_norm_in_every_replay():

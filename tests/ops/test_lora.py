@@ -235,7 +235,10 @@ X, W, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.rand
         ((X, W.to("meta"), A, B, 1.0), {}, ValueError, r"w: expected device cpu .*got meta"),
         ((X, W, A, B, 1.0, torch.randn(5)), {}, ValueError, r"bias: expected \[6\].*got \[5\]"),
         ((X, W, A, B, 1.0), {"dropout_p": 1.0}, ValueError, r"0 <= p < 1, got 1.0"),
-        ((X, W, A, B, 1.0), {"impl": "cuda"}, ValueError, r"impl: expected one of .*got 'cuda'"),
+        ((X, W, A, B, 1.0), {"impl": "cublas"}, ValueError, r"impl: expected one of .*'cublas'"),
+        ((X, W, A, B, 1.0), {"impl": "cuda"}, ValueError, r"expected CUDA tensors, got cpu"),
+        ((X, W, A, B, 1.0), {"impl": "cuda", "dropout_p": 0.1}, ValueError, r"no dropout"),
+        ((torch.randn(65, 8), W, A, B, 1.0), {"impl": "cuda"}, ValueError, r"<= 64 rows, got 65"),
         ((X.double(), W.double(), A.double(), B.double(), 1.0), {"impl": "triton"}, TypeError,
          "got torch.float64; use .aten."),
         ((torch.randn(17, 8), W, A, B, 1.0), {"impl": "native"}, ValueError, r"<= 16 rows, got 17"),
@@ -255,7 +258,10 @@ def test_the_choice_of_implementation():
     assert choose_impl("cpu", 17, False)[0] == "aten"
     assert choose_impl("cpu", 1, True)[0] == "aten"
     assert choose_impl("cpu", 1, False, native_ok=False)[0] == "aten"
-    assert choose_impl("cuda", 1, False)[0] == "by shape"
+    assert choose_impl("cuda", 16, False)[0] == "cuda"
+    assert choose_impl("cuda", 17, False)[0] == "by shape"
+    assert choose_impl("cuda", 1, True)[0] == "by shape"
+    assert choose_impl("cuda", 1, False, native_ok=False)[0] == "by shape"
     assert choose_impl("meta", 1, False)[0] == "aten"
     assert choose_impl("cuda", 1, False, dtype=torch.float64)[0] == "aten"
 
