@@ -75,7 +75,7 @@ void adapter_decode(Address x, Address residual, Address y, Address slots, Addre
                     Address norm_weight, Address norm_bias, int64_t count, int64_t m, int64_t d,
                     int64_t sx, int64_t sr, int64_t down_slot, int64_t down_bias_slot, int64_t up_slot, int64_t up_bias_slot,
                     int64_t norm_weight_slot, int64_t norm_bias_slot, double eps, int norm, int activation, int dtype,
-                    int adapter_dtype) {
+                    int adapter_dtype, int64_t max_size) {
   check_matrix("x", x, m, d, sx);
   check_matrix("y", y, m, d, d);
   check(count == 0 || (size && scale && down && up), "pool: expected addresses, got null");
@@ -87,7 +87,7 @@ void adapter_decode(Address x, Address residual, Address y, Address slots, Addre
                        pointer(down_bias), pointer(up), pointer(up_bias), pointer(norm_weight),
                        pointer(norm_bias), count, m, d, sx, sr, d, d, 0, down_slot,
                        down_bias_slot, up_slot, up_bias_slot, norm_weight_slot, norm_bias_slot,
-                       static_cast<float>(eps), norm, activation, dtype, adapter_dtype});
+                       static_cast<float>(eps), norm, activation, dtype, adapter_dtype, max_size});
 }
 
 void adapter_decode_one(Address x, Address residual, Address y, Address down, Address down_bias,
@@ -107,7 +107,7 @@ void adapter_decode_one(Address x, Address residual, Address y, Address down, Ad
                        pointer(down), pointer(down_bias), pointer(up), pointer(up_bias),
                        pointer(norm_weight), pointer(norm_bias), 1, m, d, sx, sr, d, sd, su, 0, 0,
                        0, 0, 0, 0, static_cast<float>(eps), norm, activation, dtype,
-                       adapter_dtype});
+                       adapter_dtype, e});
 }
 
 // of_weights: D, c, U, e, the norm's weight and bias. Of the gradients: dx, then theirs.
@@ -155,7 +155,7 @@ void prefix_decode(Address q, Address k, Address v, Address pk, Address pv, Addr
   };
   const auto ints = [](Address address) { return static_cast<const std::int32_t*>(pointer(address)); };
   if (b > 0 && h > 0 && t > 0) {
-    if (s > 0) check_keys("k", k, sk), check_keys("v", v, sv);
+    if (s > 0 && (!table || block_count > 0)) check_keys("k", k, sk), check_keys("v", v, sv);
     if (slot_count * max_prefix > 0)
       check_keys("prefix.k", pk, spk), check_keys("prefix.v", pv, spv);
     check(q && out && lse && slots && (prefix_length || slot_count == 0),
@@ -242,7 +242,7 @@ void prefix_decode_cuda(Address q, Address k, Address v, Address pk, Address pv,
   const auto ints = [](Address address) { return static_cast<const std::int32_t*>(pointer(address)); };
   const auto floats = [](Address address) { return static_cast<float*>(pointer(address)); };
   if (b > 0 && h > 0 && t > 0) {
-    if (s > 0) check_keys("k", k, sk), check_keys("v", v, sv);
+    if (s > 0 && (!table || block_count > 0)) check_keys("k", k, sk), check_keys("v", v, sv);
     if (slot_count > 0 && max_prefix > 0)
       check_keys("prefix.k", pk, spk), check_keys("prefix.v", pv, spv);
     check(q && out && lse && slots && work && (prefix_length || slot_count == 0),

@@ -7,8 +7,8 @@
 // A live slot is named by one adapter and counted by those who use it. A slot that is counted is
 // never given to a load: replacing its name loads into another slot, and the old one is retired,
 // which nobody can acquire. Whoever takes the last hold on a retired slot away is handed it, once, to
-// wipe it and free it. With no slot free, begin_load takes the least recently used one of the live
-// slots that nobody holds.
+// wipe it and free it. With no slot free, begin_load takes the one that had the name before, if nobody
+// holds it, else the least recently used one of the live slots that nobody holds.
 #pragma once
 
 #include <chrono>
@@ -47,7 +47,7 @@ class SlotTable {
     std::unique_lock<std::mutex> lock(mutex_);
     // A slot that somebody is wiping right now comes free without an adapter being given up for it.
     freed_.wait_for(lock, std::chrono::seconds(1), [&] { return any_free() || wiping_ == 0; });
-    const int found = spare();
+    const int found = spare(name);
     check(found != kNone, "pool full: all ", slots_.size(), " slots are in use, none is left for '",
           name, "'; release one, or make the pool with more slots");
     Slot& slot = slots_[found];
@@ -166,8 +166,8 @@ class SlotTable {
     return false;
   }
 
-  // A free slot, else the least recently used live one that nobody holds, else -1.
-  int spare() const {
+  // A free slot, else of the live ones that nobody holds that of the name, the oldest used, or -1.
+  int spare(const std::string& name) const {
     int oldest = kNone;
     for (int i = 0; i < size(); ++i) {
       const Slot& slot = slots_[i];
@@ -175,7 +175,8 @@ class SlotTable {
       const bool idle = slot.state == kLive && slot.holds == 0;
       if (idle && (oldest == kNone || slot.used < slots_[oldest].used)) oldest = i;
     }
-    return oldest;
+    const int own = index_of(name);
+    return own != kNone && slots_[own].holds == 0 ? own : oldest;
   }
 
   int retire(int index) {

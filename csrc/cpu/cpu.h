@@ -37,6 +37,7 @@ struct Adapters {
   int64_t norm_weight_slot, norm_bias_slot;
   float eps;
   int norm, activation, dtype, adapter_dtype;
+  int64_t max_size;  // that a slot has room for
 };
 
 // Throws std::invalid_argument for other codes, sizes or slots, before anything is written.

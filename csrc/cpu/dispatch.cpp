@@ -162,6 +162,9 @@ void adapter_decode(Adapters a) {
   check_adapter(a);
   check(a.d >= 0, "d: expected >= 0", a.d);
   if (a.slots) check_slots(a.slots, a.m, a.size, a.count, 1);
+  for (int64_t i = 0; a.slots && i < a.m; ++i)
+    if (a.slots[i] >= 0)
+      check(a.size[a.slots[i]] <= a.max_size, "size: expected <= max_size", a.size[a.slots[i]]);
   const int64_t bytes = a.dtype == kFloat32 ? 4 : 2;
   for (int64_t left = a.d > 0 ? a.m : 0; left > 0; left -= kMaxTokens) {
     a.m = left < kMaxTokens ? left : kMaxTokens;

@@ -105,12 +105,17 @@ __device__ void statistics(const Args& a, Shared& s, const X* const (&x)[kTokens
   for (int g = 0; g < kTokens; ++g) rate[g] = 1.0f / sqrtf(rate[g] + a.eps);
 }
 
+// The E of a slot that there is, -1 for one that is free or cannot be.
+__device__ inline int size_of(const Args& a, int slot) {
+  return a.size[slot] <= a.max_size ? a.size[slot] : -1;
+}
+
 // Rows [row0, end) of D for unit u, up to a row a warp at a time; of few rows several warps share one.
 // With norm(x) = (x - mean) rate w + b a product is rate * sum((x - mean) w D) + sum(b D).
 template <bool kWhole, class X, class A>
 __device__ void down(const Args& a, Shared& s, int u, int row0, int end) {
   constexpr int kAhead = kWhole ? 8 / sizeof(A) : 1;  // pieces of D asked for at a time
-  const int slot = s.slot_of(u), count = s.count[u], size = a.size[slot], d = int(a.d);
+  const int slot = s.slot_of(u), count = s.count[u], size = size_of(a, slot), d = int(a.d);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, most = int(a.max_size);
   int lines = 1;  // rows at a time
   while (lines < end - row0 && lines < kWarps) lines *= 2;
@@ -206,7 +211,7 @@ __device__ void up(const Args& a, Shared& s, int u, int part, int row0, int end,
   constexpr int kBatch = 4;  // rows that a lane has asked for
   const int slot = s.slot_of(u), count = s.count[u], most = int(a.max_size);
   const bool there = slot >= 0 && slot < a.count;
-  const int size = there ? a.size[slot] : slot == -1 ? 0 : -1, pieces = (size + 7) / kPiece;
+  const int size = there ? size_of(a, slot) : slot == -1 ? 0 : -1, pieces = (size + 7) / kPiece;
   int lanes = kBatch;  // for a row of U: a power of two, as the sum takes
   while (lanes < kWarp && lanes < pieces) lanes *= 2;
   const int rows = kWarp / lanes, lane = threadIdx.x % kWarp, at_lane = lane % lanes;

@@ -12,7 +12,7 @@
 namespace fusedpeft::cuda {
 
 // y[m,d] = residual + scale[s] * (act(norm(x) D^T + c) U^T + e) with s = slots[m]; residual (null: 0)
-// where that is -1 or size[s] 0; NaN where there is no such slot or size[s] is -1. The adapters lie as
+// where that is -1 or size[s] 0; NaN where there is no such slot or size[s] is -1 or beyond max_size. The adapters lie as
 // AdapterSlots says (pyext/ops/slots.py).
 struct AdapterDecode {
   const void *x, *residual;  // of dtype, as y, which is contiguous

@@ -94,6 +94,8 @@ def check_new(model: nn.Module, name: str) -> None:
         )
     if any(type(m).__module__.startswith("peft.tuners") for m in model.modules()):
         raise InputError("the model carries PEFT's adapters: use fusedpeft.accelerate(model)")
+    if "fusedpeft_pool" in model.__dict__:
+        raise InputError("the model is served by an AdapterPool: uninstall that first")
     state = getattr(model, _STATE, None)
     if state is not None and name in state.configs:
         raise InputError(

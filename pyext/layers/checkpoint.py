@@ -55,7 +55,7 @@ from fusedpeft.layers.targets import match_targets, of_body
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."  # of LoRA's keys
+LORA_PREFIX = "base_model.model."  # of LoRA's keys
 _PROMPT_PREFIX = "base_model."  # of a classifier's beside a prefix or a prompt
 _PROMPT = "prompt_embeddings"  # the one tensor of a prefix or a prompt
 # Tensor on disk -> the parameter's name here; the last is how PEFT wrote DoRA for a while.
@@ -132,7 +132,7 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
 
     weights_name = WEIGHTS_NAME
     if isinstance(config, LoRA):
-        tensors, settings = _with_head(model, name, _PREFIX, *_lora(model, config, name))
+        tensors, settings = _with_head(model, name, LORA_PREFIX, *_lora(model, config, name))
     elif isinstance(config, BottleneckAdapter):
         settings, weights_name = adapterhub.to_hub(config, model, name), adapterhub.WEIGHTS_NAME
         tensors = adapterhub.hub_tensors(model, config, name)
@@ -169,7 +169,7 @@ def _lora(model: nn.Module, config: LoRA, name: str) -> tuple[dict[str, Tensor],
         for suffix, attribute in list(_SUFFIXES.items())[:3]:
             value = getattr(adapter, attribute)
             if value is not None:
-                tensors[_PREFIX + path + suffix] = value
+                tensors[LORA_PREFIX + path + suffix] = value
     targets = [p for p, _ in adapted] if config.targets == ALL_LINEAR else config.targets
     return tensors, to_peft(config, targets, model, any(m.transposed for _, m in adapted))
 
@@ -204,7 +204,7 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     if isinstance(config, FeatureBased | OutputLayer):
         _load_head(folder, inner, config, name, tensors)
         return model
-    start = _PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX
+    start = LORA_PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX
     saved = raw.get("modules_to_save") or ()
     head = take_head(tensors, start, inner, saved)
     check_head(folder / WEIGHTS_NAME, inner, name, head, saved)
@@ -342,10 +342,10 @@ def lora_by_path(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor
     extra = []
     for key, tensor in tensors.items():
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
-        if suffix is None or not key.startswith(_PREFIX):
+        if suffix is None or not key.startswith(LORA_PREFIX):
             extra.append(key)
             continue
-        path = key[len(_PREFIX) : -len(suffix)]
+        path = key[len(LORA_PREFIX) : -len(suffix)]
         by_path.setdefault(path, {})[_SUFFIXES[suffix]] = tensor
     return by_path, extra
 

@@ -137,6 +137,11 @@ class Prefixes(nn.Module):
         """Before the stack runs: checks, the projections folded, T5's bias."""
         if isinstance(self.length, int) and self.length == 0:
             return
+        if stack.config._attn_implementation != IMPLEMENTATION:
+            raise InputError(
+                f"PrefixTuning: expected the attention {IMPLEMENTATION!r}, which reads the prefix, "
+                f"got {stack.config._attn_implementation!r}, set since it was attached"
+            )
         given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
         tokens = next(t for t in given if t is not None)
         if isinstance(self.length, Tensor):

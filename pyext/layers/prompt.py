@@ -48,11 +48,7 @@ class Prompts(nn.Module):
             self.prompts[self.active], given.get("input_ids"), given.get("inputs_embeds")
         )  # fmt: skip
         tokens = (ids if embeds is None else embeds).shape[1]
-        if self.room is not None and tokens + length > self.room:
-            raise InputError(
-                f"PromptTuning: expected at most {self.room} positions, as the model has embeddings"
-                f" for, got {tokens} tokens behind a prompt of {length}"
-            )
+        check_room("PromptTuning", self.room, tokens, length)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None:
             if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -64,8 +60,7 @@ class Prompts(nn.Module):
                 front = torch.arange(length, device=positions.device, dtype=positions.dtype)
                 positions = torch.cat((front.expand(len(positions), -1), positions), 1)
             given["position_ids"] = positions
-        if (types := given.get("token_type_ids")) is not None:
-            given["token_type_ids"] = torch.cat((types.new_zeros(len(types), length), types), 1)
+        widen_types(given, length)
         given.pop("cache_position", None)  # the stack counts for itself
         if not first:
             return (), given
@@ -87,6 +82,19 @@ class Prompts(nn.Module):
         return args, {**kwargs, "encoder_attention_mask": torch.cat((front, mask), 1)}
 
 
+def check_room(who: str, room: int | None, tokens: int, length: int) -> None:
+    if room is not None and tokens + length > room:
+        raise InputError(
+            f"{who}: expected at most {room} positions, as the model has embeddings for, got "
+            f"{tokens} tokens behind a prompt of {length}"
+        )
+
+
+def widen_types(given: dict, length: int) -> None:
+    if (types := given.get("token_type_ids")) is not None:
+        given["token_type_ids"] = torch.cat((types.new_zeros(len(types), length), types), 1)
+
+
 def without_front(output, length: int):
     """What a stack gives back, less the first `length` positions; its cache knows of them."""
     if not length:
@@ -97,6 +105,8 @@ def without_front(output, length: int):
     if isinstance(output, tuple):
         return (output[0][:, length:], *output[1:])
     output.last_hidden_state = output.last_hidden_state[:, length:]
+    if (states := output.get("hidden_states")) is not None:
+        output.hidden_states = tuple(t[:, length:] for t in states)
     return output
 
 
@@ -178,16 +188,20 @@ def _embed(embedding: nn.Module, ids: Tensor | None, embeds: Tensor | None, prom
 # --- the method ---------------------------------------------------------------------------------
 
 
-def _stack_of(model: nn.Module) -> nn.Module:
-    """The module that embeds the tokens: the backbone, an encoder-decoder's encoder."""
+def stack_of(model: nn.Module) -> nn.Module:
+    """The module that embeds the tokens: the backbone, an encoder-decoder's encoder, or a decoder
+    in a backbone that OPT's and BART's causal models go around."""
     backbone = getattr(model, "base_model", model)
-    config = getattr(backbone, "config", None)
-    return backbone.encoder if getattr(config, "is_encoder_decoder", False) else backbone
+    if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
+        return backbone.encoder
+    inner = getattr(backbone, "decoder", None)
+    return inner if isinstance(inner, PreTrainedModel) else backbone
 
 
 def is_encoder(model: nn.Module) -> bool:
     """Whether every token attends to every other one."""
-    return not any(getattr(m, "is_causal", False) for m in attention_layers(_stack_of(model)))
+    causal = any(getattr(m, "is_causal", False) for m in attention_layers(stack_of(model)))
+    return not causal and not model.can_generate()  # Bloom's attention does not say
 
 
 def reads_first(model: nn.Module) -> bool:
@@ -200,9 +214,9 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
-    embedding = _stack_of(model).get_input_embeddings()
+    embedding = stack_of(model).get_input_embeddings()
     weight = getattr(embedding, "weight", None)
-    if weight is None or weight.ndim != 2 or not list(attention_layers(_stack_of(model))):
+    if weight is None or weight.ndim != 2 or not list(attention_layers(stack_of(model))):
         raise InputError(
             f"PromptTuning: expected a model of text, with embeddings of tokens, in {kind}"
         )
@@ -243,10 +257,10 @@ def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
 
 
 def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> None:
-    stack = _stack_of(model)
+    stack = stack_of(model)
     root = getattr(stack, _CHILD, None)
     if root is None:
-        two = stack is not model.base_model
+        two = model.config.is_encoder_decoder
         root = Prompts(stack, keeps=two or reads_first(model))
         root._handles = [
             stack.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
@@ -268,7 +282,7 @@ def check_together(wanted: Mapping[str, PromptTuning]) -> None:
 
 
 def activate(model: nn.Module, names: Sequence[str]) -> None:
-    root = getattr(_stack_of(model), _CHILD, None)
+    root = getattr(stack_of(model), _CHILD, None)
     if root is None:
         return
     root.active = names[0] if names else None
@@ -277,7 +291,7 @@ def activate(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def remove(model: nn.Module, name: str) -> None:
-    stack = _stack_of(model)
+    stack = stack_of(model)
     root = getattr(stack, _CHILD)
     del root.prompts[name]
     if not root.prompts:
@@ -290,4 +304,4 @@ def remove(model: nn.Module, name: str) -> None:
 
 def prompt_of(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter [P, d]."""
-    return getattr(_stack_of(model), _CHILD).prompts[name]
+    return getattr(stack_of(model), _CHILD).prompts[name]

@@ -109,7 +109,12 @@ def match_targets(
                 f"LoRA targets 'all-linear': no nn.Linear or Conv1D in {type(model).__name__}"
             )
     elif isinstance(targets, str):
-        chosen = [p for p in modules if re.fullmatch(targets, p)]
+        try:
+            chosen = [p for p in modules if re.fullmatch(targets, p)]
+        except re.error as error:
+            raise InputError(
+                f"LoRA targets: expected a regular expression, got {targets!r}: {error}"
+            ) from error
         if not chosen:
             hint = f'; for module names give a list, ["{targets}"]' if targets in ends else ""
             raise InputError(

@@ -215,7 +215,7 @@ def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation
         0 if residual is None else _row_stride(residual),
         down.stride()[0], down_bias.stride()[0], up.stride()[0], up_bias.stride()[0], *own,
         eps, NORM_CODES[norm], ACTIVATION_CODES[activation],
-        DTYPE_CODES[x.dtype], DTYPE_CODES[down.dtype],
+        DTYPE_CODES[x.dtype], DTYPE_CODES[down.dtype], down.shape[1],
     )  # fmt: skip
     if x.is_cpu:
         torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said
@@ -225,5 +225,5 @@ def multi_fwd(x, pool: AdapterSlots, slots, residual, norm_w, norm_b, activation
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        native.adapter_decode_cuda(*given, down.shape[1], processors, stream)
+        native.adapter_decode_cuda(*given, processors, stream)
     return y

@@ -125,7 +125,7 @@ def _(x, w, a, b, rank, scale, slots, bias, sizes, impl):
 # --- public -------------------------------------------------------------------------------------
 
 
-def _check(x, w, pool, bias, impl) -> None:
+def _check(x, w, pool, slots, bias, impl) -> None:
     for name, t, dims in (("x", x, "[*, K]"), ("w", w, "[N, K]")):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor {dims}, got {type(t).__name__}")
@@ -150,6 +150,8 @@ def _check(x, w, pool, bias, impl) -> None:
         if bias.dtype != x.dtype:
             raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
     _check_pool(pool, x, n, k)
+    if not isinstance(slots, Tensor):
+        raise TypeError(f"slots: expected an int32 Tensor [M], got {type(slots).__name__}")
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w, pool.a, pool.b, bias) if t is not None
     ):
@@ -219,7 +221,7 @@ def multi_lora_linear(
             return native_fwd(x, w, pool, slots, bias)
         if x.is_cuda and fast_ok(x, w, pool, slots) and not debugging():
             return cuda_fwd(x, w, pool, slots, bias)
-    _check(x, w, pool, bias, impl)
+    _check(x, w, pool, slots, bias, impl)
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if not compiling and all(type(t) in PLAIN for t in (x, w, *pool[:4], slots)):
         y = _forward(x2, w, pool, slots, bias, impl or "")

@@ -78,6 +78,10 @@ class LoRASlots(NamedTuple):
         ranks = self.rank[slot].tolist()
         if min(ranks) < 0:
             raise ValueError(f"slots: slot {slot} holds no adapter; load one into it first")
+        if max(ranks) > self.max_rank:
+            raise ValueError(
+                f"slots: expected ranks <= max_rank {self.max_rank}, got {ranks} in slot {slot}"
+            )
         scales = self.scale[slot].tolist()
         places = (self._places(slot, i, rank) for i, rank in enumerate(ranks))
         return [LoRA(a, b, s) for (a, b), s in zip(places, scales, strict=True)]
@@ -95,8 +99,12 @@ class LoRASlots(NamedTuple):
         for i, (part, n) in enumerate(zip(parts, self.sizes, strict=True)):
             if part is None:
                 continue
-            a, b, _ = part
+            a, b, scale = part
             r = a.shape[0]
+            if not isinstance(scale, int | float) and not (
+                isinstance(scale, Tensor) and scale.numel() == 1
+            ):
+                raise ValueError(f"scale of part {i}: expected a number, got {scale!r}")
             if a.shape != (r, k):
                 raise ValueError(f"a of part {i}: expected [R, {k}], got {tuple(a.shape)}")
             if b.shape != (n, r):
@@ -148,6 +156,10 @@ def lora_slots(
     """
     given = [[e] if isinstance(e, tuple) else e for e in adapters]
     held = [e for e in given if e is not None]
+    for part in (p for e in held for p in e if p is not None):
+        if len(part) != 3 or not all(isinstance(t, Tensor) and t.ndim == 2 for t in part[:2]):
+            got = [tuple(t.shape) if isinstance(t, Tensor) else t for t in part]
+            raise ValueError(f"adapters: expected (a [R, K], b [N, R], scale) each, got {got}")
     if not held:
         raise ValueError("adapters: expected at least one, which says K and N, got none")
     if len({len(e) for e in held}) != 1:
@@ -239,6 +251,10 @@ class AdapterSlots(NamedTuple):
         size = 0 if slot < 0 else int(self.size[slot])
         if size < 0:
             raise ValueError(f"slots: slot {slot} holds no adapter; load one into it first")
+        if size > self.down.shape[1]:
+            raise ValueError(
+                f"slots: expected sizes <= {self.down.shape[1]}, got {size} in slot {slot}"
+            )
         if size == 0:
             return None
         d, stride = self.down.shape[2], row_stride(size)

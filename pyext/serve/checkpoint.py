@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers import adapterhub as hub
-from fusedpeft.layers.checkpoint import WEIGHTS_NAME, lora_by_path, read_weights
+from fusedpeft.layers.checkpoint import LORA_PREFIX, WEIGHTS_NAME, lora_by_path, read_weights
 from fusedpeft.layers.config import ALL_LINEAR, BottleneckAdapter, LoRA, PrefixTuning, PromptTuning
 from fusedpeft.layers.peft_config import read_config, selects_modules
 from fusedpeft.layers.prefix import Shape, split
@@ -41,6 +41,8 @@ def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
         )
     by_path, extra = lora_by_path(tensors)
     known = [place.path for place in places.of("lora")]
+    # PEFT keeps the base's own weight beside an adapter on the head.
+    extra = [key for key in extra if not _of_base(key, tuple(tensors[key].shape), places)]
     missing = set() if selects_modules(raw) else _targets(config, known) - by_path.keys()
     said = [f"{key} is no tensor of LoRA" for key in extra]
     said += [f"{module}.lora_A is missing" for module in sorted(missing)]
@@ -54,6 +56,14 @@ def read_adapter(folder: Path, places: Places) -> dict[str, Tensor | float]:
     if said:
         raise InputError(f"{path} is not what its settings say: {'; '.join(said)}")
     return found
+
+
+def _of_base(key: str, shape: tuple[int, ...], places: Places) -> bool:
+    path, _, leaf = key.removeprefix(LORA_PREFIX).rpartition(".")
+    place = places.by_field.get((path.removesuffix(".base_layer"), "lora_A"))
+    if place is None or leaf != "weight":
+        return False
+    return shape == (place.fields["lora_B"].shape[0], place.fields["lora_A"].shape[1])
 
 
 # Parameter of `Bottleneck` -> its name in `put`.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """What one thread computes now: the slot of each row, and what its modules leave each other."""
+    """What is computed now: the slot of each row, and what the model's modules leave each other."""
 
     def __init__(self, slots: Tensor, sizes: list[list[int] | None], by_token: bool) -> None:
+        self.over = False  # its slots were let go of
         self.slots = slots
         self.by_token = by_token
+        self.flat = -1  # rows of x where the model lays all tokens end to end
         self.sizes = sizes  # of each row's adapter by column, None for a row without
         self.by_rows = {slots.shape[0]: slots}  # rows of x -> the slot of each
         self.made: dict = {}  # by a served module: what it has found out for this batch
@@ -51,7 +54,11 @@ class Batch:
         token."""
         rows = x.numel() // x.shape[-1] if x.shape[-1] else x.shape[:-1].numel()
         count = self.slots.shape[0]
-        if (rows if self.by_token else x.shape[0]) != count:
+        if x.ndim > 2 and x.shape[0] == count:
+            self.flat = rows  # OPT's FFN and the experts that all share see them so
+        if (rows if self.by_token else x.shape[0]) != count and not (
+            x.ndim == 2 and rows == self.flat
+        ):
             what = "tokens" if self.by_token else "rows"
             raise ValueError(
                 f"batch: expected {count} {what}, one for each name, got x {tuple(x.shape)}"
@@ -67,6 +74,76 @@ class Batch:
         return [0 if sizes is None else sizes[column] for sizes in self.sizes]
 
 
+class Current:
+    """The batch that is open here: in this thread, and where asyncio runs, in this task."""
+
+    def __init__(self) -> None:
+        self._open: ContextVar[Batch | None] = ContextVar("fusedpeft_batch", default=None)
+        self._count = 0  # of batches that are open anywhere
+        self._lock = threading.Lock()
+        self._grad = _Gradients()
+
+    @property
+    def batch(self) -> Batch | None:
+        batch = self._open.get()
+        if batch is None:
+            if self._count:
+                raise InputError(
+                    "batch: none is open here, though one is in another thread or task: open it "
+                    "where the model runs, for rows of the base alone with names [None, …]"
+                )
+        elif batch.over:
+            raise InputError("batch: the one that was open where this task was started has ended")
+        return batch
+
+    def check_none(self) -> None:
+        batch = self._open.get()
+        if batch is not None and not batch.over:
+            raise InputError(
+                "batch: one is open here already: name all rows in one batch, or give requests "
+                "that take turns (generators) a thread or an asyncio task each"
+            )
+
+    def enter(self, batch: Batch) -> None:
+        with self._lock:
+            self._count += 1
+        self._open.set(batch)
+        self._grad.off()
+
+    def leave(self, batch: Batch) -> None:
+        batch.over = True
+        with self._lock:
+            self._count -= 1
+        if self._open.get() is batch:
+            self._open.set(None)
+        self._grad.on()
+
+
+class _Gradients(threading.local):
+    """Off while a batch is open in this thread. Not torch.no_grad: tasks end in any order."""
+
+    count, before = 0, True
+
+    def off(self) -> None:
+        if not self.count:
+            self.before = torch.is_grad_enabled()
+        self.count += 1
+        torch.set_grad_enabled(False)
+
+    def on(self) -> None:
+        if not self.count:  # a generator that another thread has closed
+            return
+        self.count -= 1
+        if not self.count:
+            torch.set_grad_enabled(self.before)
+
+
+def _refuse(*_) -> NoReturn:
+    raise InputError(
+        "expected a model that no pool serves to be copied or pickled: uninstall it first"
+    )
+
+
 class _Group:
     """Linears that one call computes."""
 
@@ -80,21 +157,35 @@ class _Group:
         if biases[0] is not None:
             self.bias = biases[0].detach() if len(modules) == 1 else torch.cat(biases).detach()
         self._point()
+        self.given = [(m._parameters, m.weight, m.bias) for m in modules]
         self.few = prepared(self.w, slots, self.bias)
 
     def _point(self) -> None:
-        """The modules' weights are rows of self.w: they are there once."""
-        for module, w in zip(self.modules, self.w.split(self.slots.sizes), strict=True):
+        """The modules' weights are rows of self.w, biases parts of self.bias: they are there once,
+        and who writes to them in place writes to what is computed with."""
+        sizes = self.slots.sizes
+        for module, w in zip(self.modules, self.w.split(sizes), strict=True):
             module.weight.data = w.t() if isinstance(module, Conv1D) else w
+        if self.bias is not None:
+            for module, bias in zip(self.modules, self.bias.split(sizes), strict=True):
+                module.bias.data = bias
 
     def restore(self) -> None:
         """Weights in memory of their own again: what saves or moves a model expects that."""
         for module in self.modules:
             if len(self.modules) > 1 or isinstance(module, Conv1D):
-                module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
+                for one in (module.weight, module.bias):
+                    if one is not None:
+                        one.data = one.data.clone(memory_format=torch.contiguous_format)
             del module.forward
 
     def compute(self, x: Tensor, batch: Batch) -> Tensor:
+        for held, weight, bias in self.given:
+            if held["weight"] is not weight or held["bias"] is not bias:
+                raise InputError(
+                    "batch: expected the weights that were there when the model was installed, got "
+                    "others (load_state_dict with assign=True?): uninstall it, then install it"
+                )
         slots = batch.of(x)
         try:
             y = self.few(x, slots)
@@ -114,12 +205,15 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+_MARK = "fusedpeft_pool"  # the attribute of a model that is served
+
+
 class Serving:
-    """The installed model of a pool, and the batch of each thread."""
+    """The installed model of a pool, and the batch of each thread and task."""
 
     def __init__(self, pool: AdapterPool) -> None:
         self.pool, self.undo = pool, ()
-        self.local = threading.local()
+        self.current = Current()
 
     @torch.no_grad()
     def install(self, model: nn.Module) -> None:
@@ -129,11 +223,16 @@ class Serving:
             raise InputError(
                 f"install: expected a model without attached adapters, got {attached}: detach them"
             )
+        if _MARK in model.__dict__:
+            raise InputError("install: the model is served by a pool already; uninstall that first")
         linears = self._linears(model)
         with ExitStack() as undo:
             self._install_linears(linears, undo)
             self._install_head(model, undo)
-            install_sublayers(model, self.pool, self.local, undo)
+            install_sublayers(model, self.pool, self.current, undo)
+            for name in (_MARK, "__deepcopy__", "__reduce_ex__"):
+                setattr(model, name, _refuse)  # a copy's linears would be those of this one
+                undo.callback(delattr, model, name)
             self.undo = undo.pop_all()
 
     def _linears(self, model: nn.Module) -> list[tuple[list[nn.Module], LoRASlots]]:
@@ -142,6 +241,11 @@ class Serving:
             slots, modules = self.pool.at(*paths), [modules_of.get(p) for p in paths]
             for path, module, n in zip(paths, modules, slots.sizes, strict=True):
                 wanted, kind = (n, slots.a.shape[2]), type(module).__name__
+                if module is None:
+                    raise InputError(
+                        f"install: expected the model that the pool was made for, with a linear at "
+                        f"{path}, got a {type(model).__name__} that has none there"
+                    )
                 if not isinstance(module, nn.Linear | Conv1D) or width(module) != wanted:
                     raise InputError(f"install: expected a linear {wanted} at {path}, got {kind}")
                 if "forward" in module.__dict__:
@@ -170,21 +274,26 @@ class Serving:
 
     @contextmanager
     def batch(self, names: Sequence[str | None], by_token: bool) -> Iterator[None]:
-        pool, before = self.pool, getattr(self.local, "batch", None)
+        pool = self.pool
+        if not self.undo:
+            raise InputError("batch: expected a model that reads the pool: pool.install(model)")
+        self.current.check_none()
         slots = pool.acquire(names)
         try:
             where = torch.tensor(slots, dtype=torch.int32, device=pool.device)
             sizes = [None if s < 0 else pool.sizes(s) for s in slots]
-            self.local.batch = Batch(where, sizes, by_token)
-            with torch.no_grad():
+            batch = Batch(where, sizes, by_token)
+            self.current.enter(batch)
+            try:
                 yield
+            finally:
+                self.current.leave(batch)
         finally:
-            self.local.batch = before
             pool.release(slots)
 
     def _bare(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
         """A linear without adapters: no row of a batch names a slot of a pool that has none."""
-        local, (n, k), dtype = self.local, module.weight.shape, module.weight.dtype
+        current, (n, k), dtype = self.current, module.weight.shape, module.weight.dtype
         pool = empty_lora_slots(k, (n,), slots=1, max_rank=1, dtype=dtype)
         none = torch.full((MAX_DECODE_TOKENS,), -1, dtype=torch.int32)
         call, address = (
@@ -195,28 +304,28 @@ class Serving:
         def forward(x: Tensor) -> Tensor:
             y, few = None, x.numel() <= MAX_DECODE_TOKENS * k
             same = module.weight.data_ptr() == address  # unless somebody gave it another
-            if few and same and getattr(local, "batch", None) is not None:
+            if few and same and current.batch is not None:
                 y = call(x, none[: x.numel() // k])
             return nn.Linear.forward(module, x) if y is None else y
 
         return forward
 
     def _alone(self, group: _Group) -> Callable[[Tensor], Tensor]:
-        local, module = self.local, group.modules[0]
+        current, module = self.current, group.modules[0]
         base = type(module).forward
 
         def forward(x: Tensor) -> Tensor:
-            batch = getattr(local, "batch", None)
+            batch = current.batch
             return base(module, x) if batch is None else group.compute(x, batch)
 
         return forward
 
     def _part(self, group: _Group, i: int) -> Callable[[Tensor], Tensor]:
-        local, module, sizes = self.local, group.modules[i], group.slots.sizes
+        current, module, sizes = self.current, group.modules[i], group.slots.sizes
         base = type(module).forward
 
         def forward(x: Tensor) -> Tensor:
-            batch = getattr(local, "batch", None)
+            batch = current.batch
             if batch is None:
                 return base(module, x)
             version = 0 if x.is_inference() else x._version

@@ -246,15 +246,24 @@ class Places:
         self, what: str, tensors: Mapping[str, Tensor], dtype: torch.dtype, pin: bool
     ) -> Packed:
         """Checks an adapter and lays it out. Raises InputError with all that does not fit."""
+        if not isinstance(tensors, Mapping):
+            raise InputError(f"{what}: expected tensors by key, got {type(tensors).__name__}")
         by_place: dict[int, tuple[Place, dict[str, Tensor]]] = {}
         unknown = []
         for key, value in tensors.items():
-            path, _, name = key.rpartition(".")
+            path, _, name = str(key).rpartition(".")
             place = self.by_field.get((path, name))
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                value = torch.tensor(float(value))
             if place is None:
                 unknown.append(f"{key} has no place in the pool")
+            elif not isinstance(value, Tensor):
+                unknown.append(f"{key} is {type(value).__name__}, expected a tensor")
+            elif value.is_meta or value.layout != torch.strided:
+                kind = "meta" if value.is_meta else value.layout
+                unknown.append(f"{key} is {kind}, expected a dense tensor with values")
             else:
-                by_place.setdefault(id(place), (place, {}))[1][name] = torch.as_tensor(value)
+                by_place.setdefault(id(place), (place, {}))[1][name] = value
         said = unknown + [s for place, given in by_place.values() for s in place.problems(given)]
         if said or not by_place:
             more = f"; and {len(said) - 8} more" if len(said) > 8 else ""

@@ -64,7 +64,10 @@ class AdapterPool:
             key: made(self._numbers, self._sizes, self._scales)
             for key, made in places.views.items()
         }
-        self._host: OrderedDict[str, Packed] = OrderedDict()  # the one loaded last comes last
+        self._bytes = [0] * slots  # what the adapter in each slot takes of it
+        # Copies of the adapters, also of those on the device. Those that wait stand in the order in
+        # which they gave their slots up, which is that of their last use.
+        self._host: OrderedDict[str, Packed] = OrderedDict()
         self._loading = threading.Lock()  # one load at a time; guards _host
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
@@ -93,7 +96,8 @@ class AdapterPool:
         a prefix, of a soft prompt. bottleneck: what its adapters have in common (placement,
         activation, norm) and their largest size. 0, None: none of that kind. dtype: of the
         adapters, the model's or fp32; None: the model's. host_bytes: how much host memory adapters
-        may take that wait there when they are not on the device.
+        may take that wait there when they are not on the device, the least recently used one going
+        first; beside it stands a copy of each that is on the device and may have to wait. 0: none.
         `stats()` tells what it all takes. Raises InputError.
         """
         model = unwrap(model)
@@ -119,7 +123,16 @@ class AdapterPool:
                     f"{targets!r}"
                 )
             targets = tuple(targets)
-        weight = next(p for p in model.parameters() if p.is_floating_point())
+        if hasattr(model, "peft_config"):
+            raise InputError(
+                "for_model: expected a model without PEFT's adapters: give it what "
+                "peft_model.unload() returns, and load their folders into the pool"
+            )
+        if targets == ():
+            raise InputError("targets: expected at least one name, got an empty list")
+        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+        if weight is None:
+            raise InputError(f"for_model: expected parameters in {type(model).__name__}, got none")
         dtype = weight.dtype if dtype is None else dtype
         if dtype not in (weight.dtype, torch.float32):
             raise InputError(f"dtype: expected {weight.dtype} (the model's) or fp32, got {dtype}")
@@ -162,7 +175,10 @@ class AdapterPool:
         )
         with self._loading:
             slot = self._fill(name, packed, hold=False)
-            self._keep(name, packed)
+            self._host.pop(name, None)
+            if packed.bytes <= self.host_bytes:
+                self._host[name] = packed
+            self._trim()
         return slot
 
     def evict(self, name: str) -> None:
@@ -176,21 +192,26 @@ class AdapterPool:
             elif not waited:
                 raise self._unknown(name)
 
-    def _keep(self, name: str, packed: Packed) -> None:
-        self._host.pop(name, None)
-        self._host[name] = packed
-        while sum(p.bytes for p in self._host.values()) > self.host_bytes:
-            self._host.popitem(last=False)
+    def _trim(self) -> None:
+        """Under self._loading: the first to have given their slots up go."""
+        waiting = [n for n in self._host if self._table.find(n) < 0]
+        total = sum(self._host[n].bytes for n in waiting)
+        for name in waiting:
+            if total <= self.host_bytes:
+                return
+            total -= self._host.pop(name).bytes
 
     def _fill(self, name: str, packed: Packed, hold: bool) -> int:
         """Under self._loading."""
         slot, evicted = self._table.begin_load(name)
+        if evicted in self._host:
+            self._host.move_to_end(evicted)
         try:
             with self._copying():
                 if evicted:
                     self._wipe(slot)
                 self._write(slot, packed)
-                self._held[slot] = packed.sizes.tolist()
+                self._held[slot], self._bytes[slot] = packed.sizes.tolist(), packed.bytes
                 if self._stream is not None:
                     self._written[slot] = self._stream.record_event()
         except BaseException:
@@ -269,7 +290,11 @@ class AdapterPool:
 
     def column(self, kind: str, path: str) -> int:
         """Where `sizes` has that of a place."""
-        return next(p for p in self._places.of(kind) if p.path == path).columns[0]
+        found = [p for p in self._places.of(kind) if p.path == path]
+        if not found:
+            known = [p.path for p in self._places.of(kind)]
+            raise InputError(f"the pool has no {kind!r} at {path!r}; {nearest(path, known)}")
+        return found[0].columns[0]
 
     def has(self, kind: str) -> bool:
         """Whether there are places for that kind of adapter."""
@@ -287,8 +312,9 @@ class AdapterPool:
                 return slot
             if name not in self._host:
                 raise self._unknown(name)
-            self._host.move_to_end(name)
-            return self._fill(name, self._host[name], hold=True)
+            slot = self._fill(name, self._host[name], hold=True)
+            self._trim()
+            return slot
 
     def _await(self, slots: list[int]) -> None:
         stream = torch.cuda.current_stream(self.device)
@@ -320,6 +346,8 @@ class AdapterPool:
 
     def sizes(self, slot: int) -> list[int]:
         """Of a slot that is held: what its adapter's size is in each column of its places."""
+        if not 0 <= slot < len(self._held):
+            raise InputError(f"slot: expected 0..{len(self._held) - 1}, got {slot}")
         return self._held[slot]
 
     def at(self, *paths: str, kind: str | None = None) -> NamedTuple:
@@ -330,6 +358,8 @@ class AdapterPool:
 
         kind ("lora", "prefix", "prompt", "bottleneck"): where a module has two. Raises InputError.
         """
+        if not paths:
+            raise InputError("at: expected the path of a module, got none")
         kinds = [k for k, p in self._views if p == paths and kind in (None, k)]
         if len(kinds) == 1:
             return self._views[kinds[0], paths]
@@ -350,7 +380,8 @@ class AdapterPool:
         """Slots, bytes and adapters, as plain data.
 
         slot_bytes and device_bytes are what the tensors take whether used or not; of an adapter,
-        bytes is what it takes of its slot.
+        bytes is what it takes of its slot. host_bytes is what those take that wait in host memory,
+        host_copies_bytes what the copies of those on the device do; of an adapter, its copy.
         """
         with self._loading:
             host = {name: packed.bytes for name, packed in self._host.items()}
@@ -365,12 +396,14 @@ class AdapterPool:
             "held": sum(holds > 0 for _, _, holds in table),
             "slot_bytes": total // len(table),
             "device_bytes": total,
-            "host_bytes": sum(host.values()),
+            "host_bytes": sum(b for name, b in host.items() if name not in live),
+            "host_copies_bytes": sum(b for name, b in host.items() if name in live),
             "host_capacity_bytes": self.host_bytes,
             "adapters": {
-                name: {"slot": live.get(name, (None, 0))[0], "holds": live.get(name, (None, 0))[1],
-                       "host_bytes": host.get(name, 0)}
+                name: {"slot": slot, "holds": holds, "host_bytes": host.get(name, 0),
+                       "bytes": host[name] if slot is None else self._bytes[slot]}
                 for name in sorted(live.keys() | host.keys())
+                for slot, holds in [live.get(name, (None, 0))]
             },
         }  # fmt: skip
 
@@ -391,5 +424,10 @@ class AdapterPool:
 
         by_token: token i instead, of a batch in which sequences are packed; for LoRA and bottleneck
         adapters. In forward raises ValueError for another number of rows, or of tokens.
+
+        A batch is its thread's, and under asyncio its task's: open it where the model runs. A
+        forward elsewhere, without one, raises InputError as long as any is open, and so does
+        opening another one inside; do not yield out of one in a generator, unless nothing else runs
+        in that thread or task. Gradients are off inside.
         """
         return self._serving.batch(names, by_token)

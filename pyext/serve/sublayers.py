@@ -9,7 +9,6 @@ ends: what a shorter one lacks in front is hidden, as padding on the left is.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -28,19 +27,17 @@ from fusedpeft.ops.prefix_decode import prefix_decode_attention
 from fusedpeft.ops.slots import AdapterSlots, PrefixSlots, PromptSlots
 
 if TYPE_CHECKING:
-    from fusedpeft.serve.modules import Batch
+    from fusedpeft.serve.modules import Batch, Current
     from fusedpeft.serve.pool import AdapterPool
 
 
-def install_sublayers(
-    model: nn.Module, pool: AdapterPool, local: threading.local, undo: ExitStack
-) -> None:
-    """local.batch: the thread's `Batch`, if any. undo: takes what makes the model as it was."""
+def install_sublayers(model: nn.Module, pool: AdapterPool, here: Current, undo: ExitStack) -> None:
+    """undo: takes what makes the model as it was."""
     paths = {module: path for path, module in model.named_modules()}
 
     def found(module: nn.Module, kind: str) -> tuple:
         path = paths[module]
-        return local, pool.at(path, kind=kind), pool.column(kind, path)
+        return here, pool.at(path, kind=kind), pool.column(kind, path)
 
     if pool.bottleneck is not None:
         _install_bottlenecks(model, pool.bottleneck, found, undo)
@@ -51,14 +48,14 @@ def install_sublayers(
 
 
 class _Served:
-    """One place of the model, and what the thread's batch has there."""
+    """One place of the model, and what the batch has there."""
 
-    def __init__(self, local: threading.local, slots, column: int) -> None:
-        self.local, self.pool, self.column = local, slots, column
+    def __init__(self, here: Current, slots, column: int) -> None:
+        self.here, self.pool, self.column = here, slots, column
 
     def batch(self) -> Batch | None:
         """None where no row has an adapter here."""
-        batch = getattr(self.local, "batch", None)
+        batch = self.here.batch
         return batch if batch is not None and any(self.lengths(batch)) else None
 
     def lengths(self, batch: Batch) -> list[int]:
@@ -90,16 +87,16 @@ class _Bottleneck(bottleneck.Hooks, _Served):
         return () if self.batch() is None else (self._each_row,)
 
     def _each_row(self, x: Tensor, residual: Tensor) -> Tensor:
-        slots = self.local.batch.of(x)
+        slots = self.here.batch.of(x)
         return multi_bottleneck_adapter(x, self.pool, slots, residual=residual, **self.options)
 
     @property
-    def _stream(self) -> Tensor | None:  # a thread's own
-        return self.local.batch.stream
+    def _stream(self) -> Tensor | None:  # a batch's own
+        return self.here.batch.stream
 
     @_stream.setter
     def _stream(self, x: Tensor | None) -> None:
-        self.local.batch.stream = x
+        self.here.batch.stream = x
 
 
 def _install_bottlenecks(model, config: BottleneckAdapter, found, undo: ExitStack) -> None:
@@ -175,11 +172,16 @@ class _Positions:
         self.layers, self.room = layers, room
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> None:
-        batch = getattr(self.layers[0].local, "batch", None)
+        batch = self.layers[0].here.batch
         longest = 0
         if batch is not None:
             longest = max(max(one.lengths(batch), default=0) for one in self.layers)
         if longest:
+            if stack.config._attn_implementation != IMPLEMENTATION:
+                raise InputError(
+                    f"batch: expected the attention {IMPLEMENTATION!r} that serves prefixes, got "
+                    f"{stack.config._attn_implementation!r}, set since the pool was installed"
+                )
             given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
             rows, tokens = next(t for t in given if t is not None).shape[:2]
             _check_rows(batch, rows)
@@ -190,7 +192,7 @@ class _Positions:
                 )
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        batch = getattr(self.layers[0].local, "batch", None)
+        batch = self.layers[0].here.batch
         if batch is None:
             return args, kwargs
         if self not in batch.made:
@@ -230,6 +232,7 @@ class _Prompts(_Served):
     def __init__(self, stack: nn.Module, *where) -> None:
         super().__init__(*where)
         self.names = tuple(inspect.signature(stack.forward).parameters)
+        self.room = prefix.room_of(stack)
 
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         batch = self.batch()
@@ -244,6 +247,8 @@ class _Prompts(_Served):
         tokens = ids if embeds is None else embeds
         rows, count = tokens.shape[:2]
         _check_rows(batch, rows)
+        prompt.check_room("batch", self.room, count, most)
+        prompt.widen_types(given, most)
         past = 0 if first else cache.get_seq_length()
         own, front = self._front(batch, lengths, most)
         mask, positions = given.get("attention_mask"), given.get("position_ids")
@@ -285,7 +290,7 @@ class _Prompts(_Served):
 
 
 def _install_prompts(model: nn.Module, found, undo: ExitStack) -> None:
-    stack = model.base_model
+    stack = prompt.stack_of(model)
     served = _Prompts(stack, *found(model.get_input_embeddings(), "prompt"))
     handles = (
         stack.register_forward_pre_hook(served.before, with_kwargs=True, prepend=True),

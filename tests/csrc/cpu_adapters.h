@@ -25,7 +25,7 @@ void adapt(int64_t m, int64_t d, int norm, int activation, int dtype, int adapte
                   size, scale, down.bytes.get(), c.bytes.get(), up.bytes.get(), e.bytes.get(),
                   norm ? w.bytes.get() : nullptr, norm == kLayerNorm ? b.bytes.get() : nullptr, 3,
                   m, d, x.stride, base.stride, y.stride, d, 0, down.stride, c.stride, up.stride,
-                  e.stride, w.stride, b.stride, eps, norm, activation, dtype, adapter});
+                  e.stride, w.stride, b.stride, eps, norm, activation, dtype, adapter, most});
   const double step = step_of(dtype);
   for (int64_t i = 0; i < m; ++i) {
     const int s = slots[i], n = s < 0 ? 0 : size[s];
@@ -132,7 +132,7 @@ bool refuses_slot(int32_t slot, int32_t size) {
   float v[64] = {}, scale = 1;
   try {
     adapter_decode({v, v, v, &slot, &size, &scale, v, v, v, v, nullptr, nullptr, 1, 1, 4, 4, 4, 4,
-                    4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0});
+                    4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 8});
   } catch (const std::exception&) {
     return true;
   }
@@ -155,6 +155,7 @@ void adapters() {
     adapt(33, 1300, kLayerNorm, kGelu, dtype, adapter, true);  // several threads
     adapt(64, 1300, kNoNorm, kRelu, dtype, adapter, false);
   }
-  if (!refuses_slot(-2, 1) || !refuses_slot(1, 1) || !refuses_slot(0, -1) || refuses_slot(0, 1))
+  if (!refuses_slot(-2, 1) || !refuses_slot(1, 1) || !refuses_slot(0, -1) || refuses_slot(0, 1) ||
+      !refuses_slot(0, 9))
     ++failures, std::puts("adapters: bad slots were taken, or a good one was not");
 }

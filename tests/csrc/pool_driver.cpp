@@ -114,6 +114,13 @@ void by_one_thread() {
   t.free(a);
   refused("no adapter is named 'c'", [&] { t.evict("c"); });
   expect(t.evict("a") == b && t.find("a") == -1, "evict");
+  t.free(b);
+  for (const char* name : {"new", "old"}) t.commit(t.begin_load(name).first, false);
+  const int own = t.find("new");
+  t.acquire({"new"}), t.release({own});
+  expect(t.begin_load("new") == std::make_pair(own, std::string("new")), "no bystander goes");
+  t.commit(own, true);
+  expect(t.begin_load("new") == std::make_pair(1 - own, std::string("old")), "what is held stays");
   refused("adapter name: expected", [&] { t.begin_load(""); });
 }
 

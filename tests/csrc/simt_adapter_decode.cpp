@@ -43,7 +43,7 @@ bool run(const char* name, int dtype, int adapter, const Case& c) {
       up(kSlots, rows_of_all + skip, gap, adapter), shift(kSlots, c.d, 5, adapter),
       w(kSlots, c.d + skip, gap, adapter), b(kSlots, c.d + skip, gap, adapter);
   for (Matrix* t : {&x, &base, &y, &down, &bias, &up, &shift, &w, &b}) t->fill(random);
-  const int32_t size[kSlots] = {c.most, 5, 0, -1, 8, 1};
+  int32_t size[kSlots] = {c.most, 5, 0, -1, 8, 1};
   const float scale[kSlots] = {0.5f, 2.0f, 3.0f, 1.0f, -0.25f, 1.0f};
   for (int s = 0; s < kSlots; ++s) {
     const int64_t n = size[s] > 0 ? size[s] : 0, stride = (n + 7) / 8 * 8;
@@ -62,6 +62,7 @@ bool run(const char* name, int dtype, int adapter, const Case& c) {
       constexpr int32_t seen[] = {0, 1, -1, 2, 0, 3, 4, 0, kSlots, 0, 5, -2};
       slots[i] = c.m < 4 ? launch : seen[(launch ? random() : unsigned(i)) % 12];
     }
+    size[3] = launch ? c.most + 1 : -1;  // neither holds an adapter
     y.fill(random);
     fusedpeft::cuda::adapter_decode(
         {x.at(0, skip), c.residual ? base.at(0, 0) : nullptr, y.at(0, 0), slots.get(), size, scale,
@@ -73,7 +74,7 @@ bool run(const char* name, int dtype, int adapter, const Case& c) {
         nullptr);
     for (std::size_t i = 0; i < work_words; ++i) ok &= work[i] == ~0u;
     for (int i = 0; i < c.m; ++i) {
-      const int s = slots[i], lost = s < -1 || s >= kSlots || (s >= 0 && size[s] < 0);
+      const int s = slots[i], lost = s < -1 || s >= kSlots || s == 3;
       const int n = lost || s < 0 ? 0 : size[s], of = c.own ? s : 0;
       double mean = 0, square = 0;
       std::vector<double> v(c.d), h(n), rough(n);

@@ -89,16 +89,55 @@ def test_host_memory_is_bounded(one_linear):
         pool.put(name, adapters[name])
     sizes = {name: a["host_bytes"] for name, a in pool.stats()["adapters"].items()}
     assert sizes == {n: 4 * ((1 + i) * 16 + 24 * 8 + 2) for i, n in enumerate("abc")}
-    assert pool.stats()["host_bytes"] == sum(sizes.values())
+    stats = pool.stats()
+    assert stats["host_bytes"] == sizes["a"] + sizes["b"] and stats["adapters"]["a"]["bytes"]
+    assert stats["host_copies_bytes"] == sizes["c"] == stats["adapters"]["c"]["bytes"]
     pool, _, _ = one_linear(slots=1, host_bytes=sizes["b"] + sizes["c"])
-    for name in "abc":  # c takes the room of a, which has no slot any more
+    for name in "abcd":  # c takes the room of a, as d has its slot
         pool.put(name, adapters[name])
-    assert "a" not in pool and "b" in pool and "c" in pool
+    assert "a" not in pool and all(name in pool for name in "bcd")
     with pytest.raises(InputError, match="no adapter is named 'a' .*load it again"):
         pool.acquire(["a"])
-    pool.evict("b")
-    pool.evict("c")
+    for name in "bcd":
+        pool.evict(name)
     assert pool.stats()["adapters"] == {} and pool.stats()["host_bytes"] == 0
+
+
+def test_what_is_used_most_is_not_what_host_memory_forgets(one_linear):
+    pool, _, adapters = one_linear(slots=2, rank=1)
+    one = pool._places.pack("a", adapters["a"], torch.float32, False).bytes
+    pool.host_bytes = 2 * one
+    pool.put("a", adapters["a"])
+    for name in "bcd":
+        pool.put(name, adapters[name])
+        pool.release(pool.acquire(["a"]))  # always on the device
+    assert set(pool._host) == set("abcd")
+    pool.release(pool.acquire(["b", "c"]))  # d and a give their slots up, in the order of use
+    assert [n for n in pool._host if pool._table.find(n) < 0] == ["d", "a"]
+    pool.release(pool.acquire(["a"]))
+    assert all(name in pool for name in "abcd")
+
+
+def test_an_adapter_too_large_to_wait_takes_no_one_elses_place(one_linear):
+    pool, _, adapters = one_linear(slots=1, rank=60)
+    large = {"0.lora_A": torch.randn(60, 16), "0.lora_B": torch.randn(24, 60)}
+    small = pool._places.pack("a", adapters["a"], torch.float32, False).bytes
+    pool.host_bytes = 3 * small
+    for name in ("x", "y", "d"):
+        pool.put(name, large if name == "d" else adapters["a"])
+    assert set(pool._host) == {"x", "y"} and "d" in pool
+    assert pool.stats()["adapters"]["d"]["bytes"] > 3 * small
+    pool.release(pool.acquire(["x"]))
+    assert "d" not in pool and "y" in pool
+
+
+def test_a_replaced_adapter_costs_no_one_else_a_slot(one_linear, x):
+    pool, linear, adapters = one_linear(slots=2, host_bytes=0)
+    pool.put("a", adapters["a"])
+    slot = pool.put("b", adapters["b"])
+    assert pool.put("b", adapters["d"]) == slot and "a" in pool
+    torch.testing.assert_close(output(pool, linear, [slot], x), alone(linear, adapters["d"], x))
+    assert pool.stats()["adapters"]["a"]["host_bytes"] == 0 < pool.stats()["adapters"]["a"]["bytes"]
 
 
 def test_the_slots_of_one_linear(one_linear, x):

@@ -114,7 +114,7 @@ def test_names(one_linear):
         ([5], "expected an adapter's name or None, the base alone, got 5"),
         ([""], "expected an adapter's name or None, the base alone, got ''"),
     ):
-        with pytest.raises(InputError, match=f"names: {said}"), pool.batch(names):
+        with pytest.raises(InputError, match=f"names: {said}"), pool.hold(names):
             pass
     with pytest.raises(InputError, match="no adapter is named"):
         pool.evict("x")

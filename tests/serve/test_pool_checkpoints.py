@@ -145,7 +145,7 @@ def test_weights_are_there_once_while_installed(build):
         fp.AdapterPool.for_model(base, slots=1)
     pool.uninstall()
     assert not any("forward" in module.__dict__ for module in base.modules())
-    with pytest.raises(InputError, match=r"expected a linear \(\d+, 24\) at .* got NoneType"):
+    with pytest.raises(InputError, match=r"with a linear at .*, got a \w+ that has none there"):
         pool.install(base.base_model)  # paths begin elsewhere
     for name, p in base.named_parameters():
         assert torch.equal(p, before[name]) and p.is_contiguous()
