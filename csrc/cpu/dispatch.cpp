@@ -178,6 +178,7 @@ void adapter_decode(Adapters a) {
 
 void adapter_train(const AdapterTrain& a) {
   check_adapter(a);
+  check(a.m >= 1, "m: expected >= 1", a.m);
   check(a.d >= 1, "d: expected >= 1", a.d);
   check(a.e >= 1, "e: expected >= 1", a.e);
   level().adapter_train(a);

@@ -17,9 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops import twice
 from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, has_products, stats_dtype
 from fusedpeft.ops.adapter_checks import check
 from fusedpeft.ops.adapter_native import one_fwd, one_ok, train_bwd, train_fwd
+from fusedpeft.ops.arguments import autocast, autocasts, device_of
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.native import native
 
@@ -144,7 +146,7 @@ def _(dy, x, down_w, down_b, up_w, norm_w, norm_b, p, stats, seed, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     x, down_w, down_b, up_w, _up_b, _residual, norm_w, norm_b, seed = inputs[:9]
-    ctx.activation, ctx.norm, _eps, ctx.scale, ctx.dropout_p, ctx.add_x, ctx.impl = inputs[9:]
+    ctx.activation, ctx.norm, ctx.eps, ctx.scale, ctx.dropout_p, ctx.add_x, ctx.impl = inputs[9:]
     needs = ctx.needs_input_grad
     ctx.set_materialize_grads(False)
     reads_x = needs[1] or needs[6] or (needs[0] and ctx.norm)
@@ -162,11 +164,33 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     need = [needs[i] for i in (0, 1, 2, 3, 4, 6, 7)]
     grads = (None,) * 7
-    if any(need):
+    if any(need) and twice.asked():
+        grads = _second(ctx, dy, need)
+    elif any(need):
         args = (ctx.activation, ctx.norm, ctx.scale, ctx.dropout_p, ctx.add_x, need, ctx.impl)
         found = backward(dy, *ctx.saved_tensors, *args)
         grads = tuple(g if n else None for g, n in zip(found, need, strict=True))
     return (*grads[:5], dy if needs[5] else None, *grads[5:], *(None,) * 8)
+
+
+def _second(ctx, dy: Tensor, need: list[bool]) -> tuple[Tensor | None, ...]:
+    x, down_w, down_b, up_w, norm_w, norm_b, _p, _stats, seed = ctx.saved_tensors
+    if x.shape != dy.shape:
+        raise RuntimeError(
+            "bottleneck_adapter: expected down_w to be trained for second gradients, which need x: "
+            "it is kept for that alone"
+        )
+    up_b = down_w.new_zeros(dy.shape[1]).requires_grad_() if need[4] else None
+
+    def reference(x, down_w, down_b, up_w, up_b, norm_w, norm_b):
+        return bottleneck_adapter_ref(
+            x, down_w, down_b, up_w, up_b, activation=ctx.activation, scale=ctx.scale,
+            residual=x if ctx.add_x else None, norm=ctx.norm or None, norm_weight=norm_w,
+            norm_bias=norm_b, norm_eps=ctx.eps, dropout_p=ctx.dropout_p, seed=seed,
+        )  # fmt: skip
+
+    inputs = (x, down_w, down_b, up_w, up_b, norm_w, norm_b)
+    return twice.gradients(reference, inputs, need, dy)
 
 
 torch.library.register_autograd(
@@ -242,13 +266,9 @@ def bottleneck_adapter(
         if type(x) is Tensor and one_ok(x, tensors, activation, norm, *options):
             return one_fwd(x, tensors, activation, norm, scale, norm_eps)
     add_x = residual is x
-    device = x.device.type if isinstance(x, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        down_w, down_b, up_w, up_b, norm_weight, norm_bias, x, residual = (
-            None if t is None else t.to(dtype)
-            for t in (down_w, down_b, up_w, up_b, norm_weight, norm_bias, x, residual)
-        )
+    if autocasts(device := device_of(x)):
+        given = (down_w, down_b, up_w, up_b, norm_weight, norm_bias, x, residual)
+        down_w, down_b, up_w, up_b, norm_weight, norm_bias, x, residual = autocast(device, *given)
         with torch.autocast(device, enabled=False):  # what is computed in fp32 stays there
             return bottleneck_adapter(
                 x, down_w, down_b, up_w, up_b, activation=activation, scale=scale,
@@ -258,7 +278,7 @@ def bottleneck_adapter(
             )  # fmt: skip
     check(
         x, down_w, down_b, up_w, up_b, residual, norm_weight, norm_bias,
-        activation, norm, norm_position, dropout_p, impl,
+        activation, norm, norm_position, scale, norm_eps, dropout_p, impl,
     )  # fmt: skip
     before = norm is not None and norm_position == "before"
     x2 = x.reshape(-1, x.shape[-1])

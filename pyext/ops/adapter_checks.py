@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedpeft.ops.adapter_aten import ACTIVATIONS
+from fusedpeft.ops.arguments import check_number, check_probability, check_triton
 from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import RANK_STEP, AdapterSlots
 
@@ -15,7 +16,7 @@ _IMPLS = ("native", "aten", "triton")
 
 
 def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, norm, position,
-           dropout_p, impl) -> None:  # fmt: skip
+           scale, eps, dropout_p, impl) -> None:  # fmt: skip
     for name, t in (("x", x), ("down_w", down_w), ("up_w", up_w)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
@@ -46,6 +47,8 @@ def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, n
     ):
         if t is None:
             continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor or None, got {type(t).__name__}")
         if tuple(t.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
         if t.dtype != dtype:
@@ -54,8 +57,9 @@ def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, n
         if t.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} (as x), got {t.device}")
     _check_names(activation, norm, position, norm_w, norm_b)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    check_number("scale", scale)
+    check_number("norm_eps", eps)
+    check_probability("dropout_p", dropout_p)
     if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl: expected one of {_IMPLS} or None, got {impl!r}")
     if impl == "native" and (native is None or not x.is_cpu or dropout_p > 0.0):
@@ -64,10 +68,10 @@ def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, n
             "impl='native': expected fusedpeft._C, CPU tensors and no dropout, got "
             + ("no fusedpeft._C" if native is None else why)
         )
-    if impl in ("native", "triton") and x.dtype == torch.float64:
-        raise TypeError(
-            f"impl={impl!r}: expected fp32, bf16 or fp16, got torch.float64; use 'aten'"
-        )
+    if impl == "native" and x.dtype == torch.float64:
+        raise TypeError("impl='native': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
+    if impl == "triton":
+        check_triton(x)
 
 
 def _check_names(activation, norm, position, norm_w, norm_b) -> None:

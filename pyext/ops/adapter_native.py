@@ -139,6 +139,8 @@ def train_fwd(
     weights = [_dense(t) for t in (down_w, down_b, up_w, up_b, norm_w, norm_b)]
     y, p = torch.empty_like(x), down_w.new_empty(m, e)
     stats = x.new_empty((m if norm else 0, 2), dtype=torch.float32)
+    if m == 0:
+        return y, p, stats
     torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.adapter_train(
         x.data_ptr(), _address(residual), [*map(_address, weights)], y.data_ptr(), p.data_ptr(),

@@ -74,6 +74,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, int):
         return torch.tensor([seed], dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: expected an int, an int64 Tensor or None, got {seed!r}")
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(f"seed: expected 1 int64 element, got {seed.numel()} of {seed.dtype}")
     return seed.to(device).reshape(1)

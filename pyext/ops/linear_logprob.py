@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops import twice
+from fusedpeft.ops.arguments import autocast, autocasts, check_number, check_triton, device_of
 from fusedpeft.ops.linear_logprob_aten import logprob_bwd, logprob_fwd
 
 _IMPLS = ("aten", "triton")
@@ -113,7 +115,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(lse, u)
     if ctx.need_u:  # frozen head
-        ctx.save_for_backward(u)
+        ctx.save_for_backward(u, labels)
     else:
         ctx.save_for_backward(h, w, labels, bias, lse)
 
@@ -122,15 +124,34 @@ def _autograd_backward(ctx, g, _lse, _u):
     if g is None:
         return (None,) * 9
     if ctx.need_u:
-        (u,) = ctx.saved_tensors
-        return (g.to(u.dtype).unsqueeze(-1) * u, *(None,) * 8)
+        if twice.asked():
+            raise RuntimeError(
+                "linear_logprob: expected a head that is trained for second gradients, which need "
+                "h: with a frozen one u alone is kept; use linear_logprob_ref"
+            )
+        u, labels = ctx.saved_tensors
+        # In g's fp32, which 16 bits may not hold; and what is ignored has no gradient, NaN or not.
+        g = g.masked_fill(labels == ctx.options[0], 0.0).unsqueeze(-1)
+        return (torch.mul(u, g, out=torch.empty_like(u)), *(None,) * 8)
     h, w, labels, bias, lse = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    if twice.asked():
+        grads = _second(g, h, w, labels, bias, *ctx.options, need)
+        return (*grads[:2], None, grads[2], *(None,) * 5)
     dh, dw, dbias = torch.ops.fusedpeft.linear_logprob_backward(
         g, h, w, labels, bias, lse, *ctx.options, need, ctx.impl
     )
     grads = [t if n else None for t, n in zip((dh, dw, dbias), need, strict=True)]
     return (grads[0], grads[1], None, grads[2], *(None,) * 5)
+
+
+def _second(g, h, w, labels, bias, ignore_index, softcap, temperature, need):
+    options = dict(ignore_index=ignore_index, softcap=softcap or None, temperature=temperature)
+
+    def reference(h, w, bias):
+        return linear_logprob_ref(h, w, labels, bias, **options)
+
+    return twice.gradients(reference, (h, w, bias), need, g)
 
 
 torch.library.register_autograd(
@@ -157,6 +178,8 @@ def _check(h, w, labels, bias, ignore_index: int, softcap, temperature, impl) ->
         raise ValueError(f"w: expected V >= 1 and d >= 1, got {tuple(w.shape)}")
     if labels.shape != h.shape[:-1]:
         raise ValueError(f"labels: expected {tuple(h.shape[:-1])}, got {tuple(labels.shape)}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a Tensor or None, got {type(bias).__name__}")
     if bias is not None and (bias.shape != w.shape[:1] or bias.dtype != h.dtype):
         raise ValueError(
             f"bias: expected [{w.shape[0]}] of {h.dtype}, got {list(bias.shape)} of {bias.dtype}"
@@ -164,12 +187,17 @@ def _check(h, w, labels, bias, ignore_index: int, softcap, temperature, impl) ->
     if bias is not None and bias.device != h.device:
         raise ValueError(f"bias: expected device {h.device} (as h), got {bias.device}")
     for name, value in (("softcap", softcap), ("temperature", temperature)):
-        if not (name == "softcap" and value is None) and not 0.0 < value < float("inf"):
+        if name == "softcap" and value is None:
+            continue
+        check_number(name, value)
+        if not value > 0.0:
             raise ValueError(f"{name}: expected a finite number > 0, got {value}")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {ignore_index!r}")
     if impl is not None and impl not in _IMPLS:
         raise ValueError(f"impl: expected one of {_IMPLS} or None, got {impl!r}")
-    if impl == "triton" and h.dtype == torch.float64:
-        raise TypeError("impl='triton': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
+    if impl == "triton":
+        check_triton(h)
     # Reading values on a GPU would stall it: only on request there (DESIGN: FUSEDPEFT_DEBUG=1).
     read = h.device.type == "cpu" or os.environ.get("FUSEDPEFT_DEBUG") == "1"
     if read and not torch.compiler.is_compiling() and labels.numel():
@@ -205,14 +233,12 @@ def linear_logprob(
     extra memory on ATen is one chunk of fp32 logits (32 MiB, or one row where V is larger; two of
     them with a softcap), in Triton see `kernels/linear_logprob.py`; never [M, V].
 
-    Saved for backward: u (M·d elements of h's dtype) where the head is frozen; else h and the
-    logsumexp (M fp32). On a CPU a label outside [0, V) raises ValueError; on a GPU its row is NaN
-    unless FUSEDPEFT_DEBUG=1 asks for the check. Under torch.compile the row is NaN as well.
+    Saved for backward: u (M·d elements of h's dtype) and the labels where the head is frozen; else
+    h and the logsumexp (M fp32). On a CPU a label outside [0, V) raises ValueError; on a GPU its
+    row is NaN unless FUSEDPEFT_DEBUG=1 asks for the check. Under torch.compile it is NaN as well.
     """
-    device = h.device.type if isinstance(h, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        h, w, bias = h.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
+    if autocasts(device := device_of(h)):
+        h, w, bias = autocast(device, h, w, bias)
     _check(h, w, labels, bias, ignore_index, softcap, temperature, impl)
     grad = torch.is_grad_enabled()
     head_learns = grad and (w.requires_grad or (bias is not None and bias.requires_grad))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops import twice
+from fusedpeft.ops.arguments import autocast, autocasts, device_of
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.lora_check import (
     check,
@@ -166,8 +168,34 @@ def _gradients(ctx, dy: Tensor | None, backward) -> tuple[Tensor | None, ...]:
         return (None,) * 9
     x, w, a, b, s, seed = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:5])
+    if twice.asked():
+        return (*_second(dy, x, w, a, b, seed, ctx.scale, ctx.dropout_p, need), *(None,) * 4)
     grads = backward(dy, x, w, a, b, s, seed, ctx.scale, ctx.dropout_p, need, ctx.impl)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), None, None, None, None)
+
+
+def _second(dy, x, w, a, b, seed, scale: float, dropout_p: float, need: list[bool]):
+    x = whole_x(x, dy, w, need[0], need[3])
+    bias = dy.new_zeros(dy.shape[1]).requires_grad_() if need[4] else None
+
+    def reference(x, w, a, b, bias):
+        return lora_linear_ref(x, w, a, b, scale, bias, dropout_p=dropout_p, seed=seed)
+
+    return twice.gradients(reference, (x, w, a, b, bias), need, dy)
+
+
+def whole_x(x: Tensor, dy: Tensor, w: Tensor, need_x: bool, need_b: bool) -> Tensor:
+    """x as the graph of second gradients takes it; where A is frozen it was not kept, and stands
+    for nothing if B is too."""
+    shape = (dy.shape[0], w.shape[1])
+    if x.shape == shape:
+        return x
+    if need_b:
+        raise RuntimeError(
+            "lora_linear: expected A or W to be trained for second gradients of B, which need x: "
+            "it is kept for those alone"
+        )
+    return dy.new_zeros(shape).requires_grad_(need_x)
 
 
 torch.library.register_autograd(
@@ -217,7 +245,7 @@ def lora_linear(
     int, an int64 tensor of one element, or None: drawn from torch's generator) and is recomputed in
     backward, never stored. magnitude [N] makes it DoRA: y = (m/‖W + scale·BA‖)·(…) + bias, the norm
     by row, held constant in backward (Liu et al. 2024, §4.3) and kept until w, a or b is written in
-    place (through `.data` nobody sees it: `lora_dora.forget_norms`).
+    place (on a GPU a write through `.data` is not seen: `lora_dora.forget_norms`).
 
     w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form ("aten", "triton").
 
@@ -230,14 +258,11 @@ def lora_linear(
     ValueError with the expected and the given value before anything is launched.
     """
     quantised, given = isinstance(w, QuantisedWeight), (w, a, b)
-    device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, a, b = (t.to(dtype) for t in (x, a, b))
-        w = w if quantised else w.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if autocasts(device := device_of(x)):
+        x, w, a, b, bias = autocast(device, x, w, a, b, bias)
     plain = is_plain(x, w, a, b)
     usual = plain and impl is None and magnitude is None and dropout_p == 0.0
+    usual = usual and type(scale) is float and scale - scale == 0.0
     sound = usual and is_sound(x, w, a, b, bias)
     if quantised:
         check_quantised(x, w, a, b, bias, scale, dropout_p, magnitude, impl)

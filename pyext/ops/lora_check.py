@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.arguments import check_number, check_probability, check_triton
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
 from fusedpeft.ops.multi_lora_cuda import MAX_CUDA_TOKENS, one_ok
 from fusedpeft.ops.native import DTYPE_CODES, native
@@ -86,18 +87,20 @@ def check(x, w, a, b, bias, scale, dropout_p, magnitude, impl) -> None:
     if b.dtype != a.dtype:
         raise TypeError(f"b: expected dtype {a.dtype} (as a), got {b.dtype}")
     for name, t in (("bias", bias), ("magnitude", magnitude)):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a Tensor [{n}] or None, got {type(t).__name__}")
         if t is not None and (t.shape != (n,) or t.device != x.device):
             raise ValueError(
                 f"{name}: expected [{n}] on {x.device}, got {list(t.shape)} on {t.device}"
             )
     if bias is not None and bias.dtype != x.dtype:
         raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    check_number("scale", scale)
+    check_probability("dropout_p", dropout_p)
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
-    if impl == "triton" and x.dtype == torch.float64:
-        raise TypeError("impl='triton': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
+    if impl == "triton":
+        check_triton(x)
 
 
 def check_quantised(x, w: QuantisedWeight, a, b, bias, scale, dropout_p, magnitude, impl) -> None:

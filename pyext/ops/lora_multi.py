@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops import twice
+from fusedpeft.ops.arguments import autocast, autocasts, device_of
 from fusedpeft.ops.dropout import as_seed
-from fusedpeft.ops.lora import DECODE, choose_impl, lora_linear, lora_linear_ref
+from fusedpeft.ops.lora import DECODE, choose_impl, lora_linear, lora_linear_ref, whole_x
 from fusedpeft.ops.lora_check import PLAIN, check_decode, check_multi, decode_ok
 from fusedpeft.ops.lora_choice import use_triton
 from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd
@@ -136,11 +138,31 @@ def _gradients(ctx, dys: Sequence[Tensor | None], backward):
         live.new_zeros(live.shape[0], w.shape[0]) if dy is None else dy
         for dy, w in zip(dys, ws, strict=True)
     ]
+    if twice.asked():
+        return _second(ctx, dys, x, ws, as_, bs, seed)
     args = (dys, x, ws, as_, bs, s, seed, ctx.scales, ctx.dropout_p, ctx.need, ctx.impl)
     dx, *lists = backward(*args)
     pairs = zip(lists, _by_kind(ctx.need, n), strict=True)
     lists = [[g if m else None for g, m in zip(*pair, strict=True)] for pair in pairs]
     return dx if ctx.need[0] else None, *lists
+
+
+def _second(ctx, dys, x, ws, as_, bs, seed):
+    n, need = ctx.count, ctx.need
+    *_, need_b, need_bias = _by_kind(need, n)
+    x = whole_x(x, dys[0], ws[0], need[0], any(need_b))
+    biases = [
+        dy.new_zeros(dy.shape[1]).requires_grad_() if needed else None
+        for dy, needed in zip(dys, need_bias, strict=True)
+    ]
+
+    def reference(x, *rest):
+        parts = [rest[i * n : (i + 1) * n] for i in range(4)]
+        args = (x, *parts[:3], ctx.scales, parts[3])
+        return lora_linear_multi_ref(*args, dropout_p=ctx.dropout_p, seed=seed)
+
+    dx, *rest = twice.gradients(reference, (x, *ws, *as_, *bs, *biases), need, dys)
+    return dx, *(rest[i * n : (i + 1) * n] for i in range(4))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -214,12 +236,11 @@ def lora_linear_multi(
     """
     none = [None] * len(ws) if isinstance(ws, Sequence) else []
     biases, magnitudes = (none if t is None else t for t in (biases, magnitudes))
-    given, device = (ws, as_, bs), x.device.type if isinstance(x, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    given = ws, as_, bs
+    if autocasts(device := device_of(x)):
+        lists = ((x,), ws, as_, bs, biases)
         (x,), ws, as_, bs, biases = (
-            [t.to(dtype) if isinstance(t, Tensor) else t for t in part]
-            for part in ((x,), ws, as_, bs, biases)
+            autocast(device, *part) if isinstance(part, Sequence) else part for part in lists
         )
     check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl)
     rows, m = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), magnitudes

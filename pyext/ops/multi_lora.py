@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.arguments import autocast, autocasts, check_triton, device_of
 from fusedpeft.ops.lora_check import PLAIN
 from fusedpeft.ops.multi_lora_cpu import (
     MAX_NATIVE_TOKENS,
@@ -143,6 +144,8 @@ def _check(x, w, pool, slots, bias, impl) -> None:
     if w.dtype != x.dtype:
         raise TypeError(f"w: expected dtype {x.dtype} (as x), got {w.dtype}; cast one, or autocast")
     if bias is not None:
+        if not isinstance(bias, Tensor):
+            raise TypeError(f"bias: expected a Tensor [{n}] or None, got {type(bias).__name__}")
         if bias.shape != (n,) or bias.device != x.device:
             raise ValueError(
                 f"bias: expected [{n}] on {x.device}, got {list(bias.shape)} on {bias.device}"
@@ -161,8 +164,10 @@ def _check(x, w, pool, slots, bias, impl) -> None:
         )
     if impl is not None and impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
-    if impl in ("cuda", "triton") and x.dtype == torch.float64:
-        raise TypeError(f"impl={impl!r}: expected fp32, bf16 or fp16, got torch.float64")
+    if impl == "cuda" and x.dtype == torch.float64:
+        raise TypeError("impl='cuda': expected fp32, bf16 or fp16, got torch.float64")
+    if impl == "triton":
+        check_triton(x)
 
 
 def _check_pool(pool: LoRASlots, x: Tensor, n: int, k: int) -> None:
@@ -211,10 +216,8 @@ def multi_lora_linear(
     "cuda", of at most 64 rows, "triton", "aten" force one. Raises TypeError or ValueError with the
     expected and the given value before anything is launched.
     """
-    device = "cpu" if not isinstance(x, Tensor) or x.is_cpu else x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, w, bias = (None if t is None else t.to(dtype) for t in (x, w, bias))
+    if autocasts(device := device_of(x)):
+        x, w, bias = autocast(device, x, w, bias)
     compiling = torch.compiler.is_compiling()
     if impl is None and not compiling and is_sound(x, w, pool, slots, bias):
         if x.is_cpu and slots.shape[0] <= MAX_NATIVE_TOKENS and native_ok(x, w):

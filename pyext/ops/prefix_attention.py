@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops import twice
+from fusedpeft.ops.arguments import autocast, autocasts, device_of
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
 from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes, plainly_decodes
 from fusedpeft.ops.prefix_decode_impls import as_slots, forward, native_shared
@@ -130,11 +132,27 @@ def _gradients(ctx, dout, dlse, backward) -> tuple[Tensor | None, ...]:
     if dout is None and dlse is None:
         return (None,) * 12
     *tensors, mask, cu, ids, out, lse = ctx.saved_tensors
+    if twice.asked():
+        return (*_second(ctx, dout, dlse, tensors, mask, cu, ids), *(None,) * 7)
     dout = torch.zeros_like(out) if dout is None else dout
     need = list(ctx.needs_input_grad[:5])
     options = (mask, cu, ids, ctx.causal, ctx.scale, ctx.window, ctx.impl)
     grads = backward(dout, dlse, *tensors, out, lse, *options, need)
     return (*(g if n else None for g, n in zip(grads, need, strict=True)), *(None,) * 7)
+
+
+def _second(ctx, dout, dlse, tensors, mask, cu, ids) -> tuple[Tensor | None, ...]:
+    given = [i for i, dy in enumerate((dout, dlse)) if dy is not None]
+
+    def reference(*inputs):
+        ys = prefix_attention_ref(
+            *inputs, causal=ctx.causal, scale=ctx.scale, mask=mask, window=ctx.window or None,
+            cu_seqlens=cu, prefix_ids=ids, return_lse=True,
+        )  # fmt: skip
+        return [ys[i] for i in given]
+
+    dys = [dy for dy in (dout, dlse) if dy is not None]
+    return twice.gradients(reference, tensors, ctx.needs_input_grad[:5], dys)
 
 
 torch.library.register_autograd(
@@ -159,6 +177,11 @@ class _PrefixAttention(torch.autograd.Function):
 
 
 # --- public -------------------------------------------------------------------------------------
+
+
+def _reach(window: int | None, k: Tensor) -> int:
+    """The window as the kernels take it: 0 for none, and no more than keys lie apart."""
+    return 0 if window is None else min(window, max(k.shape[2], 1))
 
 
 def prefix_attention(
@@ -207,19 +230,17 @@ def prefix_attention(
     rare = not plain or not (mask is cu_seqlens is prefix_ids is impl is None)
     if not rare and plainly_decodes(q, k, v, prefix_k, prefix_v, causal, window, scale):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        out, lse = native_shared(q, k, v, prefix_k, prefix_v, scale, window or 0)
+        out, lse = native_shared(q, k, v, prefix_k, prefix_v, scale, _reach(window, k))
         return (out, lse) if return_lse else out
-    device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v, prefix_k, prefix_v = (t.to(dtype) for t in (q, k, v, prefix_k, prefix_v))
+    if autocasts(device := device_of(q)):
+        q, k, v, prefix_k, prefix_v = autocast(device, q, k, v, prefix_k, prefix_v)
     if impl is None:
         few = decodes(q, k, v, prefix_k, prefix_v, causal, mask, cu_seqlens)
         impl = choose_impl(device, choose_decode_impl(device, q.dtype)[0] if few else "")[0]
     check(q, k, v, prefix_k, prefix_v, mask, window, cu_seqlens, prefix_ids, scale, causal, impl)
     tensors = (q, k, v, prefix_k, prefix_v, mask, cu_seqlens, prefix_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    args = (*tensors, bool(causal), scale, window or 0, impl)
+    args = (*tensors, bool(causal), scale, _reach(window, k), impl)
     run = _forward if impl in DECODE else _PrefixAttention.apply
     out, lse = (run if plain else torch.ops.fusedpeft.prefix_attention)(*args)
     return (out, lse) if return_lse else out

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.prefix_attention_checks import check_values
+
 _QUERIES = 128  # rows of a block that masks by position: what lies beyond its last key is skipped
 _FORWARD_BYTES, _BACKWARD_BYTES = 2**22, 2**21  # of q, at a time: of some it takes copies
 _Block = tuple[slice, slice, Tensor | None, Tensor | None, bool]
@@ -39,13 +41,14 @@ def _forward_dtype(t: Tensor) -> torch.dtype:
 
 
 def _blocks(
-    mask: Tensor | None, acc: torch.dtype, T: int, S: int, causal: bool, window: int
+    mask: Tensor | None, acc: torch.dtype, T: int, S: int, causal: bool, window: int, scale: float
 ) -> Iterator[_Block]:
     """(queries, keys, additive bias or None, queries that see no key or None, whether ATen is to
     hide the keys after each query), covering all."""
     if T == 0 or S == 0:
         return
-    if causal and T == S <= 2 * _QUERIES and mask is None and not window:
+    # ATen multiplies the −inf that it hides with by the scale.
+    if causal and T == S <= 2 * _QUERIES and mask is None and not window and scale > 0.0:
         yield slice(0, T), slice(0, S), None, None, True
         return
     step = _QUERIES if causal or window or mask is not None else T
@@ -120,7 +123,7 @@ def _shared(prefix: Tensor, rows: int, acc: torch.dtype) -> Tensor | None:
 
 def _part_fwd(q, k, v, pk, pv, mask, out, lse, causal: bool, scale: float, window: int) -> None:
     """out and lse, which hold 0 and −inf, of a few rows: the keys first, then the prefix."""
-    blocks = _blocks(mask, lse.dtype, q.shape[2], k.shape[2], causal, window)
+    blocks = _blocks(mask, lse.dtype, q.shape[2], k.shape[2], causal, window, scale)
     for qs, ks, bias, dead, hides in blocks:
         ins = (q[:, :, qs], k[:, :, ks], v[:, :, ks])
         out[:, :, qs], e = _flash(*ins, 0.0, hides, attn_mask=bias, scale=scale)
@@ -132,6 +135,7 @@ def _part_fwd(q, k, v, pk, pv, mask, out, lse, causal: bool, scale: float, windo
 
 
 def aten_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window: int):
+    check_values(None, cu, ids, pk, q.shape[2])  # a compiled call has not
     acc = acc_dtype(q)
     pk, pv = _as_rows(pk), _as_rows(pv)
     out = torch.zeros(q.shape, dtype=q.dtype)
@@ -154,7 +158,7 @@ def _part_bwd(
     """Adds to dq, dk and dv of a few rows; (dpk, dpv) by row, or nothing without a prefix."""
     # A row that sees nothing: its bias is −inf everywhere and exp(−inf − 0) is 0.
     lse = lse.masked_fill(lse == -math.inf, 0.0)
-    blocks = _blocks(mask, q.dtype, q.shape[2], k.shape[2], causal, window) if keys else ()
+    blocks = _blocks(mask, q.dtype, q.shape[2], k.shape[2], causal, window, scale) if keys else ()
     for qs, ks, bias, _, hides in blocks:
         ins = (dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs])
         wholes = (dq[:, :, qs], dk[:, :, ks], dv[:, :, ks])

@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.arguments import check_number, check_triton
 from fusedpeft.ops.native import DTYPE_CODES, native
 
 MAX_HEAD_DIM = 256
@@ -47,7 +48,7 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
     if mask is not None:
         if cu is not None:
             raise ValueError("mask: expected None beside cu_seqlens, got a Tensor")
-        if not mask.is_floating_point():
+        if not mask.is_floating_point() or mask.dtype.itemsize == 1:
             raise TypeError(f"mask: expected floating (added; -inf hides a key), got {mask.dtype}")
         allowed = ((1, B), (1, H), (T,), (S,))
         if mask.ndim != 4 or any(m not in a for m, a in zip(mask.shape, allowed, strict=True)):
@@ -64,8 +65,8 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
             raise TypeError(f"{name}: expected int32 or int64, got {t.dtype}")
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if scale is not None:
+        check_number("scale", scale)
     if impl in DECODE:
         check_kernel(impl, q)
         if not decodes(q, k, v, pk, pv, causal, mask, cu):
@@ -75,7 +76,7 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
         _check_impl(impl, q)
     read = q.device.type == "cpu" or os.environ.get("FUSEDPEFT_DEBUG") == "1"
     if read and not torch.compiler.is_compiling():
-        _check_values(mask, cu, ids, pk, T)
+        check_values(mask, cu, ids, pk, T)
 
 
 def decodes(q, k, v, pk, pv, causal: bool, mask, cu) -> bool:
@@ -143,10 +144,7 @@ def _check_impl(impl: str, q: Tensor) -> None:
     if impl == "aten" and device != "cpu":
         raise ValueError(f"impl='aten': expected CPU tensors, got {device}; use 'triton'")
     if impl == "triton":
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(f"impl='triton': expected CUDA tensors, got {device}; use 'aten'")
-        if q.dtype not in DTYPE_CODES:
-            raise TypeError(f"impl='triton': expected fp32, bf16 or fp16, got {q.dtype}")
+        check_triton(q)
 
 
 def _check_prefix(pk: Tensor, pv: Tensor, ids: Tensor | None, B: int, HKV: int, D: int) -> None:
@@ -165,7 +163,7 @@ def _check_prefix(pk: Tensor, pv: Tensor, ids: Tensor | None, B: int, HKV: int, 
         raise ValueError(f"prefix_ids: expected [{B}], one a row, got {tuple(ids.shape)}")
 
 
-def _check_values(mask, cu, ids, pk: Tensor, T: int) -> None:
+def check_values(mask, cu, ids, pk: Tensor, T: int) -> None:
     if mask is not None and not (mask < math.inf).all():
         raise ValueError("mask: expected finite values or -inf, got NaN or +inf")
     if cu is not None:

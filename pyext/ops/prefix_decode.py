@@ -111,7 +111,8 @@ def prefix_decode_attention(
         raise RuntimeError(NO_GRAD)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     impl = impl or choose_impl(q.device.type, q.dtype)[0]
-    args = (*given, prefix.length, slots, lengths, block_table, scale, window or 0, impl)
+    reach = min(window or 0, 1 << 30)  # of 32 bits in the kernels
+    args = (*given, prefix.length, slots, lengths, block_table, scale, reach, impl)
     plain = not torch.compiler.is_compiling() and all(type(t) in PLAIN for t in given)
     out, lse = (forward if plain else torch.ops.fusedpeft.prefix_decode_attention)(*args)
     return (out, lse) if return_lse else out

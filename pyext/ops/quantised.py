@@ -90,8 +90,13 @@ def _expect(name: str, t: Tensor, dtype: torch.dtype, numel: int, why: str) -> N
 
 
 def _expect_shape(shape: tuple[int, int]) -> None:
-    if len(shape) != 2:
+    if len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"w: expected a shape (N, K), got {tuple(shape)}")
+
+
+def _expect_block(size: int) -> None:
+    if not isinstance(size, int) or not 64 <= size <= 4096 or size & (size - 1):
+        raise ValueError(f"block_size: expected a power of two from 64 to 4096, got {size}")
 
 
 def _expect_one_device(weight: QuantisedWeight) -> None:
@@ -121,8 +126,7 @@ class NF4Weight(QuantisedWeight):
         (n, k), size = self.shape, self.block_size
         if k % 2:
             raise ValueError(f"w: expected an even K (two codes a byte), got {k}")
-        if not 64 <= size <= 4096 or size & (size - 1):
-            raise ValueError(f"block_size: expected a power of two from 64 to 4096, got {size}")
+        _expect_block(size)
         blocks = -(-n * k // size)
         _expect("packed", self.packed, torch.uint8, n * k // 2, f"N·K/2 of {(n, k)}")
         dtype = torch.uint8 if self.double else torch.float32
@@ -157,6 +161,7 @@ class NF4Weight(QuantisedWeight):
         """
         if w.ndim != 2 or not w.is_floating_point():
             raise ValueError(f"w: expected floating [N, K], got {w.dtype} {tuple(w.shape)}")
+        _expect_block(block_size)
         code = torch.tensor(NF4_CODE, device=w.device)
         if w.shape[1] % 2:
             raise ValueError(f"w: expected an even K (two codes a byte), got {w.shape[1]}")
@@ -266,7 +271,8 @@ class FP8Weight(QuantisedWeight):
         if w.ndim != 2 or not w.is_floating_point():
             raise ValueError(f"w: expected floating [N, K], got {w.dtype} {tuple(w.shape)}")
         w = w.detach().float()
-        largest = w.abs().amax(1) if per_row else w.abs().amax().reshape(1)
+        flat = w if per_row else w.reshape(1, -1)
+        largest = flat.abs().amax(1) if flat.numel() else w.new_zeros(len(flat))
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * _E4M3_MAX) / _E4M3_MAX
         return cls((w / scale.view(-1, 1)).to(torch.float8_e4m3fn), scale)
 

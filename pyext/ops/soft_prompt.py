@@ -183,7 +183,8 @@ def _check_ids(name: str, ids: Tensor, size: int) -> None:
 
 
 def _check(input_ids, table, prompt, prompt_ids) -> None:
-    for name, t in (("input_ids", input_ids), ("table", table), ("prompt", prompt)):
+    named = (("input_ids", input_ids), ("table", table), ("prompt", prompt))
+    for name, t in named if prompt_ids is None else (*named, ("prompt_ids", prompt_ids)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
     if table.ndim != 2 or 0 in table.shape:

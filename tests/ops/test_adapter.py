@@ -257,12 +257,14 @@ def test_autocast_runs_in_its_dtype_and_returns_fp32_gradients():
     assert t["down_w"].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("norm", NORMS)
-def test_empty_input(norm):
-    t = make(0, 16, 4, torch.float32, norm=norm, residual="x")
-    y, g = grads(ops.bottleneck_adapter, t, torch.zeros(0, 16), norm=norm, dropout_p=0.1)
-    assert y.shape == g["x"].shape == (0, 16)
-    assert all(v.count_nonzero() == 0 and v.isfinite().all() for v in g.values())
+def test_empty_input(norm, p):
+    for _ in range(20):  # what a kernel writes beside its memory is seen late
+        t = make(0, 128, 64, torch.float32, norm=norm, residual="x")
+        y, g = grads(ops.bottleneck_adapter, t, torch.zeros(0, 128), norm=norm, dropout_p=p)
+        assert y.shape == g["x"].shape == (0, 128)
+        assert all(v.count_nonzero() == 0 and v.isfinite().all() for v in g.values())
 
 
 def test_what_each_device_takes():

@@ -1,6 +1,7 @@
 """linear_logprob and linear_cross_entropy on a CPU against float64."""
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -206,3 +207,20 @@ def test_bad_reduction():
 def test_shapes_without_memory():
     h, w, labels = (t.to("meta") for t in (H, W, L))
     assert ops.linear_logprob(h.requires_grad_(), w, labels).shape == labels.shape
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_gradient_beyond_fp16_and_nan_where_a_label_is_ignored(learns):
+    """What a scaler multiplies the loss by, and what a loss may leave where it does not look."""
+    g = torch.Generator().manual_seed(0)
+    h = torch.randn(3, 4, generator=g).half().requires_grad_()
+    w = torch.randn(9, 4, generator=g).half().requires_grad_(learns)
+    logp = ops.linear_logprob(h, w, torch.tensor([1, -100, 3]))
+    dy = torch.tensor([65536.0, math.nan, 25000.0])
+    (dh,) = torch.autograd.grad(logp, h, dy)
+    up = h.detach().double().requires_grad_()
+    ref = ops.linear_logprob_ref(up, w.detach().double(), torch.tensor([1, -100, 3]))
+    (want,) = torch.autograd.grad(ref, up, dy.nan_to_num().double())
+    finite = want.abs() < 6e4
+    assert finite.any() and torch.equal(dh[1], torch.zeros(4).half())
+    torch.testing.assert_close(dh[finite].double(), want[finite], rtol=4e-3, atol=40.0)

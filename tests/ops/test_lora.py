@@ -246,10 +246,20 @@ X, W, A, B = torch.randn(3, 8), torch.randn(6, 8), torch.randn(2, 8), torch.rand
          r"expected CPU tensors of fp32, bf16 or fp16"),
         ((X, W, A, B, 1.0), {"dropout_p": 0.1, "impl": "native"}, ValueError, r"no dropout"),
         ((X, W, A, B, 1.0), {"magnitude": torch.ones(5)}, ValueError, r"magnitude: expected \[6\]"),
+        ((X, W, A, B, 1.0), {"magnitude": [1.0]}, TypeError, r"magnitude: .* or None, got list"),
+        ((X, W, A, B, 1.0, 0.5), {}, TypeError, r"bias: .* or None, got float"),
+        ((X, W, A, B, None), {}, TypeError, r"scale: expected a number, got None"),
+        ((X, W, A, B, float("nan")), {}, ValueError, r"scale: expected a finite number, got nan"),
+        ((X, W, A, B, torch.ones(1, requires_grad=True)), {}, TypeError, "that requires a gradien"),
+        ((X, W, A, B, 1.0), {"dropout_p": "a"}, TypeError, r"dropout_p: .* number, got 'a'"),
+        ((X, W, A, B, 1.0), {"dropout_p": 0.1, "seed": 1.5}, TypeError, r"seed: .*, got 1.5"),
+        ((X, W, A, B, 1.0), {"impl": "triton"}, ValueError, r"expected CUDA tensors, got cpu"),
     ],
 )  # fmt: skip
-def test_bad_input(args, kwargs, error, message):
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bad_input(args, kwargs, error, message, autocast):
+    autocast = autocast and "dtype torch" not in message  # which it would cast
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(error, match=message):
         ops.lora_linear(*args, **kwargs)
 
 

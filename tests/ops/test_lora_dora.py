@@ -177,9 +177,22 @@ def test_nothing_is_kept_or_taken_where_a_graph_is_captured(made, monkeypatch):
     assert len(made) == 3
 
 
-def test_what_data_hides_is_forgotten_on_demand():
+@pytest.mark.parametrize("which", [1, 2, 3])
+def test_what_data_hides_is_seen_on_a_cpu_and_forgotten_on_demand(which, monkeypatch):
     t = make()
     is_right(*t)
-    t[3].data.mul_(2.0)  # the version stays: this is why forget_norms is there
+    t[which].data.mul_(2.0)  # the version stays
+    is_right(*t)
+    monkeypatch.setattr(lora_dora, "_looks", lambda tensors: ())  # as on a GPU
+    is_right(*t)
+    t[which].data.mul_(2.0)
     lora_dora.forget_norms()
     is_right(*t)
+
+
+def test_an_update_that_cancels_the_weight_is_no_nan():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 40, generator=g), torch.randn(24, 4, generator=g)
+    w = -SCALE * (b @ a) + 1e-5 * torch.randn(24, 40, generator=g)
+    norm = SCALE / lora_dora.dora_factor(w, a, b, SCALE, torch.tensor(SCALE))
+    assert norm.isfinite().all() and (norm <= 1e-3 * w.norm(dim=1)).all()

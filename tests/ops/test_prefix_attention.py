@@ -353,3 +353,40 @@ def test_the_choice_of_implementation():
     assert choose_impl("cuda")[0] == "triton" and choose_impl("meta")[0] == "raises"
     with pytest.raises(NotImplementedError, match="expected CPU or CUDA tensors, got meta"):
         ops.prefix_attention(*(t.to("meta") for t in (Q, K, V, PK, PV)))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("T", [4, 300])
+def test_a_scale_that_is_not_positive(T, causal, scale):
+    g = torch.Generator().manual_seed(0)
+    t = [torch.randn(s, generator=g).requires_grad_() for s in
+         ((2, 4, T, 8), (2, 2, T, 8), (2, 2, T, 8), (2, 3, 8), (2, 3, 8))]  # fmt: skip
+    dy = torch.randn(2, 4, T, 8, generator=g)
+    got, want = (
+        (y := op(*t, causal=causal, scale=scale), *torch.autograd.grad(y, t, dy))
+        for op in (ops.prefix_attention, ops.prefix_attention_ref)
+    )
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**70])
+@pytest.mark.parametrize("T", [1, 5])
+def test_a_window_wider_than_any_number_of_keys_hides_none(T, window):
+    q, k = torch.randn(1, 2, T, 8), torch.randn(1, 2, 5, 8)
+    for causal in (True, False):
+        got = ops.prefix_attention(q, k, k, k[0, :, :2], k[0, :, :2], causal=causal, window=window)
+        want = ops.prefix_attention(q, k, k, k[0, :, :2], k[0, :, :2], causal=causal)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("bad", [{"prefix_ids": [0, 77]}, {"cu_seqlens": [0, 4]}])
+def test_values_are_checked_in_a_compiled_call_too(bad):
+    packed = "cu_seqlens" in bad
+    q = torch.randn(1 if packed else 2, 2, 9, 8)
+    prefix = torch.randn(2, 3, 8) if packed else torch.randn(3, 2, 3, 8)
+    given = {name: torch.tensor(value) for name, value in bad.items()}
+    call = torch.compile(ops.prefix_attention, backend="aot_eager")
+    with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected"):
+        call(q, q, q, prefix, prefix, **given)

@@ -242,3 +242,16 @@ def test_the_choice_of_implementation():
 
     assert choose_impl("cpu")[0] == choose_impl("meta")[0] == "aten"
     assert choose_impl("cuda")[0] == "triton"
+
+
+@pytest.mark.parametrize("block", [0, -64, 64.0, 96])
+def test_blocks_that_cannot_be(block):
+    with pytest.raises(ValueError, match=f"block_size: expected a power of two .* got {block}"):
+        ops.NF4Weight.quantise(torch.randn(4, 8), block)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (0, 0)])
+@pytest.mark.parametrize("per_row", [True, False])
+def test_fp8_of_nothing(shape, per_row):
+    weight = ops.FP8Weight.quantise(torch.empty(shape), per_row)
+    assert weight.dequantise().shape == shape

@@ -1,0 +1,60 @@
+"""What the ops have in common in taking their arguments."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fusedpeft.ops.native import DTYPE_CODES
+
+
+def device_of(x: object) -> str:
+    """The device type by which a call is told; what is no tensor is left to the checks."""
+    return x.device.type if isinstance(x, Tensor) else "cpu"
+
+
+def autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def autocast(device: str, *given: object) -> list:
+    """As torch casts for its own products: floating tensors but fp64, and nothing else."""
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype)
+        if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in given
+    ]
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite number, or a tensor of one that no gradient is expected for."""
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(f"{name}: expected a number, got a Tensor that requires a gradient")
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: expected a number, got {value!r} ({kind})") from None
+    if not math.isfinite(found):
+        raise ValueError(f"{name}: expected a finite number, got {found}")
+
+
+def check_probability(name: str, value: object) -> None:
+    check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected 0 <= p < 1, got {value}")
+
+
+def check_triton(t: Tensor) -> None:
+    """What impl="triton" asks of the tensors' device and dtype."""
+    if t.dtype not in DTYPE_CODES:
+        raise TypeError(f"impl='triton': expected fp32, bf16 or fp16, got {t.dtype}; use 'aten'")
+    if not t.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"impl='triton': expected CUDA tensors, got {t.device.type}; use 'aten' or None"
+        )
