@@ -63,11 +63,18 @@ class Spec:
 
 def specs(device: torch.device, full: bool) -> list[Spec]:
     cuda = device.type == "cuda"
-    shapes = [(4096, 4096), (4096, 14336)] if cuda else [(2048, 2048), (4096, 1024)]
+    # Llama-3-8B's: q and o; k and v; q, k, v as one; gate, up; down.
+    llama = [(4096, 4096), (4096, 1024), (4096, 6144), (4096, 14336), (14336, 4096)]
+    shapes = llama if cuda else [(2048, 2048), (4096, 1024)]
     tokens = [(1, 0), (8, 0), (64, 8), (64, 0)] if cuda else [(m, 0) for m in (1, 4, 8, 16)]
     tokens += [(2, 0), (32, 0), (48, 0), (128, 8)] if full else []
     dtypes = (BF16,) if cuda else (FP32, BF16)
-    return [Spec(m, *s, dtype, a) for dtype in dtypes for s in shapes for m, a in tokens]
+    return [
+        Spec(m, *s, dtype, a)
+        for dtype in dtypes
+        for s in shapes
+        for m, a in (tokens if full or s in shapes[:1] or not cuda else tokens[:3])
+    ]
 
 
 def _shrink_expand(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor) -> Call:

@@ -154,7 +154,8 @@ def _check(x, w, pool, slots, bias, impl) -> None:
             raise TypeError(f"bias: expected dtype {x.dtype} (as x), got {bias.dtype}")
     _check_pool(pool, x, n, k)
     if not isinstance(slots, Tensor):
-        raise TypeError(f"slots: expected an int32 Tensor [M], got {type(slots).__name__}")
+        rows = x.shape[:-1].numel()
+        raise TypeError(f"slots: expected an int32 Tensor [{rows}], got {type(slots).__name__}")
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, w, pool.a, pool.b, bias) if t is not None
     ):
