@@ -34,7 +34,8 @@ def accelerate(model: nn.Module) -> AccelerateReport:
     The class of each module changes, nothing else: parameters, state dict, optimiser, merge,
     disable_adapter, set_adapter, mixed batches, DoRA and saving go on as before, and cases that the
     op does not cover run PEFT's own forward. Dropout draws another mask than PEFT would from the
-    same seed. Call it again after `add_adapter` has wrapped new modules; twice is harmless.
+    same seed. Call it again after `add_adapter` has wrapped new modules; twice is harmless. DoRA's
+    norms are kept between writes: on a GPU one through `.data` has to be told (see `LoRA`).
 
     Raises InputError where the model carries no adapter of PEFT's, and ModuleNotFoundError where
     PEFT is not installed.

@@ -3,88 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
 
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import bottleneck, full, heads, lora_method, prefix, prompt
-from fusedpeft.layers.config import (
-    BottleneckAdapter,
-    FeatureBased,
-    FullFineTuning,
-    LoRA,
-    OutputLayer,
-    PrefixTuning,
-    PromptTuning,
-)
-from fusedpeft.layers.targets import nearest
-
-_STATE = "_fusedpeft"
-Config = (
-    LoRA
-    | BottleneckAdapter
-    | PrefixTuning
-    | PromptTuning
-    | FeatureBased
-    | OutputLayer
-    | FullFineTuning
-)
-# A method is a module with
-#   plan(model, config, strict)           all that can go wrong: raises InputError, changes nothing
-#   add(model, config, name, the plan)    its parameters, in place
-#   check_together({name: config})        raises InputError for what cannot be active at once
-#   activate(model, names)                the ones of its own that act and train
-#   remove(model, name)
-METHODS = {
-    LoRA: lora_method,
-    BottleneckAdapter: bottleneck,
-    PrefixTuning: prefix,
-    PromptTuning: prompt,
-    FeatureBased: heads,
-    OutputLayer: heads,
-    FullFineTuning: full,
-}
-
-
-@dataclass
-class State:
-    """What a model remembers of its adapters."""
-
-    configs: dict[str, Config] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
-    was_trainable: list[nn.Parameter] = field(default_factory=list)
-
-    def by_method(self, names: Sequence[str]) -> dict[ModuleType, dict[str, Config]]:
-        """Every method and those of `names` that are its own."""
-        own: dict[ModuleType, dict[str, Config]] = {method: {} for method in METHODS.values()}
-        for name in names:
-            own[METHODS[type(self.configs[name])]][name] = self.configs[name]
-        return own
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile's wrapper."""
-    if not isinstance(model, nn.Module):
-        raise InputError(f"expected a model (torch.nn.Module), got {type(model).__name__}")
-    return getattr(model, "_orig_mod", model)
-
-
-def state_of(model: nn.Module, name: str | None = None) -> State:
-    """The model's state; with `name`, checked to have that adapter. Raises InputError."""
-    state = getattr(model, _STATE, None)
-    if state is None:
-        raise InputError(f"{type(model).__name__} has no adapter: attach or load one first")
-    if name is not None and name not in state.configs:
-        raise InputError(f"no adapter is named {name!r}; {nearest(str(name), state.configs)}")
-    return state
-
-
-def require_unmerged(state: State | None, what: str) -> None:
-    if state is not None and state.merged:
-        raise InputError(f"cannot {what} while {list(state.merged)} are merged: unmerge first")
+from fusedpeft.layers.rows import AdapterNames
+from fusedpeft.layers.state import METHODS, STATE, Config, State, require_unmerged, state_of, unwrap
 
 
 def check_new(model: nn.Module, name: str) -> None:
@@ -96,7 +20,7 @@ def check_new(model: nn.Module, name: str) -> None:
         raise InputError("the model carries PEFT's adapters: use fusedpeft.accelerate(model)")
     if "fusedpeft_pool" in model.__dict__:
         raise InputError("the model is served by an AdapterPool: uninstall that first")
-    state = getattr(model, _STATE, None)
+    state = getattr(model, STATE, None)
     if state is not None and name in state.configs:
         raise InputError(
             f"an adapter named {name!r} is attached already: detach it or take another name"
@@ -126,12 +50,13 @@ def attach_to(model: nn.Module, config: Config, name: str, strict: bool) -> None
     check_new(model, name)
     planned = method.plan(model, config, strict)
 
-    state = getattr(model, _STATE, None)
+    state = getattr(model, STATE, None)
     if state is None:
         state = State(was_trainable=[p for p in model.parameters() if p.requires_grad])
         for parameter in state.was_trainable:
             parameter.requires_grad_(False)
-        setattr(model, _STATE, state)
+        state.handles = AdapterNames().hook(model)
+        setattr(model, STATE, state)
     method.add(model, config, name, planned)
     state.configs[name] = config
     activate(model, name)
@@ -185,7 +110,9 @@ def detach(model: nn.Module, name: str = "default") -> None:
 def forget(model: nn.Module, state: State) -> None:
     for parameter in state.was_trainable:
         parameter.requires_grad_(True)
-    delattr(model, _STATE)
+    for handle in state.handles:
+        handle.remove()
+    delattr(model, STATE)
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -203,7 +203,8 @@ def add(model: nn.Module, config: BottleneckAdapter, name: str, found: list[Bloc
                 child = Bottlenecks()
                 child._handles = child.hook(module, block, hook)
                 module.add_module(_child(hook), child)
-            child.adapters[name] = Bottleneck(config, like, dim).train(model.training)
+            child.adapters[name] = Bottleneck(config, like, dim)
+            child.train(module.training)
 
 
 def check_together(wanted: Mapping[str, BottleneckAdapter]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers import adapterhub
-from fusedpeft.layers.attach import METHODS, attach_to, check_new, state_of, unwrap
+from fusedpeft.layers.attach import attach_to, check_new
 from fusedpeft.layers.config import (
     ALL_LINEAR,
     BottleneckAdapter,
@@ -31,8 +31,10 @@ from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.lora_method import lora_modules
 from fusedpeft.layers.peft_config import (
     CONFIG_NAME,
+    check_model,
     expected_prompt,
     head_settings,
+    in_layers,
     peft_order,
     prompt_to_peft,
     read_config,
@@ -51,6 +53,7 @@ from fusedpeft.layers.peft_heads import (
 )
 from fusedpeft.layers.prefix import flat_prefix, set_prefix, shape_of, stack_of, whole
 from fusedpeft.layers.prompt import prompt_of
+from fusedpeft.layers.state import METHODS, state_of, unwrap
 from fusedpeft.layers.targets import match_targets, of_body
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -190,8 +193,8 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     Reads rank_pattern, alpha_pattern, rsLoRA and DoRA. A head that PEFT saved with it becomes an
     OutputLayer `<name>_head`, active beside it. Raises InputError, before the model is
     changed: no such folder or file; a pickle, which is never opened; a damaged file; settings of
-    PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra or of another
-    shape, as in an adapter for another base.
+    PEFT that are not plain LoRA or DoRA, by name; tensors that are missing, extra, not finite or of
+    another shape, and settings of another model, as in an adapter for another base.
     """
     inner = unwrap(model)
     folder = _folder("load_adapter", dir)
@@ -202,7 +205,7 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
         return model
     tensors = read_weights(folder)
     if isinstance(config, FeatureBased | OutputLayer):
-        _load_head(folder, inner, config, name, tensors)
+        _load_head(folder, inner, config, name, tensors, raw)
         return model
     start = LORA_PREFIX if isinstance(config, LoRA) else _PROMPT_PREFIX
     saved = raw.get("modules_to_save") or ()
@@ -210,10 +213,9 @@ def load_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> nn
     check_head(folder / WEIGHTS_NAME, inner, name, head, saved)
     if isinstance(config, LoRA):
         drop_base(folder / WEIGHTS_NAME, start, inner, tensors)
-        _load_lora(folder, inner, config, name, tensors, selects_modules(raw), bool(head))
+        _load_lora(folder, inner, config, name, tensors, raw, bool(head))
     else:
-        two = raw.get("num_transformer_submodules") == 2
-        _load_prompt(folder, inner, config, name, tensors, two)
+        _load_prompt(folder, inner, config, name, tensors, raw)
     if head:
         add_head(inner, name, head)
     return model
@@ -225,7 +227,7 @@ def _load_lora(
     config: LoRA,
     name: str,
     tensors: dict[str, Tensor],
-    selected: bool,
+    raw: dict,
     head: bool,
 ) -> None:
     by_path, extra = lora_by_path(tensors)
@@ -234,9 +236,11 @@ def _load_lora(
         found = match_targets(model, config.targets, strict=False)
         found = [p for p in found if of_body(p) and p != output_layer(model)]
         config = LoRA(**{**vars(config), "targets": tuple(found)})
-    if selected and by_path:
+    if selects_modules(raw):
         # Layer numbers or exclusions chose among the targets: the tensors say which it came to.
-        config = LoRA(**{**vars(config), "targets": tuple(by_path)})
+        outside = {p: by_path.pop(p) for p in list(by_path) if not in_layers(raw, p)}
+        extra += [f"{path}.{attribute}" for path, own in outside.items() for attribute in own]
+        config = LoRA(**{**vars(config), "targets": tuple(by_path) or config.targets})
     _check_tensors(folder, model, config, by_path, extra)
     attach_to(model, config, name, strict=False)
     with torch.no_grad():
@@ -252,10 +256,10 @@ def _load_prompt(
     config: PrefixTuning | PromptTuning,
     name: str,
     tensors: dict[str, Tensor],
-    two: bool,
+    raw: dict,
 ) -> None:
     METHODS[type(config)].plan(model, config, True)
-    if two and _PROMPT in tensors:
+    if raw.get("num_transformer_submodules") == 2 and _PROMPT in tensors:
         tensors = _of_two_stacks(model, config, tensors)
     want = expected_prompt(config, shape_of(stack_of(model)))
     got = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -264,6 +268,7 @@ def _load_prompt(
             f"{folder / WEIGHTS_NAME} does not fit this {type(model).__name__}: expected one "
             f"floating tensor {_PROMPT} {want}, got {got}"
         )
+    check_model(folder / CONFIG_NAME, raw, model)
     attach_to(model, config, name, strict=False)
     if isinstance(config, PrefixTuning):
         set_prefix(model, name, tensors[_PROMPT])
@@ -292,6 +297,7 @@ def _load_head(
     config: FeatureBased | OutputLayer,
     name: str,
     tensors: dict[str, Tensor],
+    raw: dict,
 ) -> None:
     want = {f"head.{k}": tuple(t.shape) for k, t in new_head(model, config).state_dict().items()}
     got = {key: tuple(t.shape) for key, t in tensors.items()}
@@ -300,6 +306,7 @@ def _load_head(
             f"{folder / WEIGHTS_NAME} does not fit the head of this {type(model).__name__}: "
             f"expected {want}, got {got}"
         )
+    check_model(folder / CONFIG_NAME, raw, model)
     attach_to(model, config, name, strict=False)
     set_head_tensors(model, name, tensors)
 
@@ -329,11 +336,22 @@ def read_weights(
         raise InputError(f"expected {path}, there is no such file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path} is damaged or no safetensors file ({error}): copy or save it again"
         ) from error
+    for key, tensor in tensors.items():
+        if not _finite(tensor):
+            raise InputError(f"{path}: expected finite numbers, {key} has NaN or infinity in it")
+    return tensors
+
+
+def _finite(t: Tensor) -> bool:
+    if not t.is_floating_point() or not t.numel():
+        return True
+    t = t.float() if t.element_size() == 1 else t
+    return bool(torch.isfinite(torch.stack(t.aminmax())).all())  # one pass; NaN is both of them
 
 
 def lora_by_path(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:

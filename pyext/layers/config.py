@@ -22,7 +22,9 @@ class LoRA:
     end of the path, whole components), or a string: a regular expression for the whole path.
     rslora: Kalajdzievski 2023. dora: Liu et al. 2024, y = (m / ‖W + scale·BA‖) · (…) + bias with
     one trained magnitude m per output; dropout stays on the adapter's path (PEFT drops W's input
-    too where the magnitude acts, which is why the two differ under DoRA with dropout).
+    too where the magnitude acts, which is why the two differ under DoRA with dropout). The norm is
+    kept until a parameter is written; after a write through `.data` on a GPU, which nothing tells,
+    call fusedpeft.ops.lora_dora.forget_norms().
     rank_pattern, alpha_pattern: {regular expression for the end of a path: value}, as in PEFT.
 
     Adapters are fp32 beside a 16-bit base, else of the base's dtype (PEFT's default);

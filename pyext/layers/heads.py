@@ -117,7 +117,7 @@ def plan(model: nn.Module, config: OutputLayer | FeatureBased, strict: bool) -> 
 
 def add(model: nn.Module, config, name: str, head: nn.Module) -> None:
     if not hasattr(model, HEADS):
-        model.add_module(HEADS, Heads(head_path(model, config)))
+        model.add_module(HEADS, Heads(head_path(model, config)).train(model.training))
     head.train(model.training)
     head.num_labels_ = getattr(config, "num_labels", None)
     getattr(model, HEADS).waiting[name] = head
@@ -181,19 +181,27 @@ def _tie(model: nn.Module, heads: Heads) -> None:
         return
     shared = {id(p) for part, m in model.named_children() if part != HEADS for p in m.parameters()}
     heads.own_tied = {name for name, p in heads.own.named_parameters() if id(p) in shared}
+    heads.ties = drop_ties(model, f"{heads.path}.")
+
+
+def drop_ties(model: nn.Module, what: str) -> list[tuple[nn.Module, dict]]:
+    """Takes the parameters whose paths begin with `what` out of what `tie_weights` ties; returns
+    (model, its attributes as they were)."""
+    dropped = []
     for path, module in model.named_modules():
         start = f"{path}." if path else ""
-        if not isinstance(module, PreTrainedModel) or not heads.path.startswith(start):
+        if not isinstance(module, PreTrainedModel) or not what.startswith(start):
             continue
-        inner = f"{heads.path}.".removeprefix(start)
+        inner = what.removeprefix(start)
         ties = {
             "_tied_weights_keys": module.get_expanded_tied_weights_keys(),
             "all_tied_weights_keys": module.all_tied_weights_keys,
         }
-        heads.ties.append((module, {name: vars(module).get(name) for name in ties}))
+        dropped.append((module, {name: vars(module).get(name) for name in ties}))
         for name, pairs in ties.items():
             kept = [pair for pair in pairs.items() if not any(k.startswith(inner) for k in pair)]
             setattr(module, name, dict(kept))
+    return dropped
 
 
 def remove(model: nn.Module, name: str) -> None:

@@ -158,6 +158,7 @@ class LoraLinear(nn.Module):
         # The op's formula for the norm at B = 0, so that a fresh DoRA adapter multiplies by 1.0.
         m = weight.detach().to(dtype).square().sum(1).sqrt() if dora else None
         self.adapters[name] = LoraAdapter(a, b, m, scale, dropout)
+        self.adapters.train(self.training)
 
     def activate(self, names: Iterable[str], train: bool = True) -> None:
         """Those of `names` that live here, in that order; they alone are trainable."""

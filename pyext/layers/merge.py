@@ -6,12 +6,15 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.attach import State, forget, require_unmerged, state_of, unwrap
+from fusedpeft.layers.attach import forget
 from fusedpeft.layers.config import LoRA
+from fusedpeft.layers.heads import drop_ties
 from fusedpeft.layers.lora import LoraLinear
 from fusedpeft.layers.lora_method import lora_modules, restore
+from fusedpeft.layers.state import State, require_unmerged, state_of, unwrap
 
 _ORIGINAL = "_original_weight"
 
@@ -89,11 +92,22 @@ def merge(model: nn.Module, *, unload: bool = False) -> None:
 
 def _unload(model: nn.Module, state: State) -> None:
     forget(model, state)
-    for _, module in list(lora_modules(model)):
+    for path, module in list(lora_modules(model)):
         restore(model, module)
         (original,) = getattr(module, _ORIGINAL, (None,))
         if isinstance(original, nn.Parameter):
             module.base_layer.weight.requires_grad_(original.requires_grad)
+            _untie(model, f"{path}.weight")
+
+
+def _untie(model: nn.Module, name: str) -> None:
+    """A merged weight is no longer to be tied, by `tie_weights` or, where the settings tie nothing
+    else (T5's and BART's do), after `from_pretrained`."""
+    drop_ties(model, name)
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    for config in [m.config for m in models if getattr(m.config, "tie_word_embeddings", False)]:
+        if not any(m.get_expanded_tied_weights_keys() for m in models if m.config is config):
+            config.tie_word_embeddings = False
 
 
 def unmerge(model: nn.Module) -> None:

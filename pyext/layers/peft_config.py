@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def to_peft(config: LoRA, targets: Sequence[str] | str, model: nn.Module, conv1d
     }
 
 
+_TRANSFORMERS = "transformers.models."
+_GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _TASKS = {  # how a model's class ends -> PEFT's name of what it does
     "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -80,9 +83,24 @@ def _about(model: nn.Module) -> dict:
     }
 
 
+def _architecture(model: nn.Module) -> dict:
+    """Of which architecture a prompt or a head is, which its one tensor does not tell; as PEFT says
+    it. FSDP2's and a user's own class stand before transformers'."""
+    kinds = (c for c in type(model).__mro__ if c.__module__.startswith(_TRANSFORMERS))
+    if (kind := next(kinds, None)) is None:
+        return {}
+    own = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return {"auto_mapping": own}
+
+
 def head_settings(config: FeatureBased | OutputLayer, model: nn.Module) -> dict:
     """Ours: neither neighbour has a head alone."""
-    return {"method": type(config).__name__, **_about(model), **vars(config)}
+    return {
+        "method": type(config).__name__,
+        **_about(model),
+        **_architecture(model),
+        **vars(config),
+    }
 
 
 def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dict:
@@ -94,9 +112,10 @@ def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dic
     shape = shape_of(stack_of(model))
     if isinstance(config, PrefixTuning) and model.config.is_encoder_decoder:
         own = {"num_virtual_tokens": config.length, "num_layers": shape.layers}
-        return {"method": "PrefixTuning", **_about(model), **own}
+        return {"method": "PrefixTuning", **_about(model), **_architecture(model), **own}
     settings = {
         **_about(model),
+        **_architecture(model),
         "num_virtual_tokens": config.length,
         "num_transformer_submodules": 1,
         "num_layers": shape.layers,
@@ -109,6 +128,47 @@ def prompt_to_peft(config: PrefixTuning | PromptTuning, model: nn.Module) -> dic
     # The projection is folded away, so none has to be built to read it.
     folded = {"encoder_hidden_size": shape.hidden, "prefix_projection": False}
     return {"peft_type": "PREFIX_TUNING", **settings, **sizes, **folded}
+
+
+def check_model(path: Path, raw: dict[str, Any], model: nn.Module) -> None:
+    """Raises InputError where the settings of a prefix, a prompt or a head tell of another model.
+    Of an encoder-decoder's two counts either will do: PEFT writes the encoder's."""
+    expected = _sizes(model) if "num_virtual_tokens" in raw else {}
+    task, kind = _about(model)["task_type"], _architecture(model).get("auto_mapping", {})
+    if task in _GENERATING and raw.get("task_type") in _GENERATING:
+        expected["task_type"] = [task]
+    mapping = raw.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    if kind and str(library).startswith(_TRANSFORMERS):
+        expected["parent_library"] = [kind["parent_library"]]
+    for name, own in expected.items():
+        got = library if name == "parent_library" else raw.get(name)
+        if got is not None and got not in own:
+            raise InputError(
+                f"{path} is for another model than this {type(model).__name__}: expected {name} "
+                f"{' or '.join(map(repr, own))}, got {got!r}"
+            )
+
+
+def _sizes(model: nn.Module) -> dict[str, list]:
+    """Under PEFT's names, what it or `prompt_to_peft` may have written for this model."""
+    stack = stack_of(model)
+    shape = shape_of(stack)
+
+    def either(*names: str) -> set[int]:
+        found = [getattr(c, name, None) for c in (model.config, stack.config) for name in names]
+        return {n for n in found if isinstance(n, int)}  # some models count layer by layer: no say
+
+    heads = either("num_attention_heads", "encoder_attention_heads", "decoder_attention_heads")
+    layers, dims = either("num_hidden_layers", "encoder_layers"), either("hidden_size")
+    if not isinstance(shape.heads, int):
+        return {"num_layers": sorted(layers), "token_dim": sorted(dims)}
+    grouped = {dim // count * shape.heads for dim in dims for count in heads}
+    return {
+        "num_layers": sorted({shape.layers} | layers),
+        "num_attention_heads": sorted({shape.heads} | heads),
+        "token_dim": sorted({shape.heads * shape.dim} | dims | grouped),
+    }
 
 
 def peft_order(layers: int) -> list[int]:
@@ -139,6 +199,7 @@ def read_config(folder: Path, saveable: Sequence[str] = CLASSIFIERS) -> tuple[An
         raise InputError(f"{path}: expected JSON ({error})") from error
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(raw).__name__}")
+    _check_types(path, raw)
     if "peft_type" not in raw and isinstance(raw.get("config"), dict):
         return from_hub(path, raw), raw
     if raw.get("method") == "PrefixTuning":
@@ -176,6 +237,40 @@ def read_config(folder: Path, saveable: Sequence[str] = CLASSIFIERS) -> tuple[An
 def selects_modules(raw: dict[str, Any]) -> bool:
     # layers_to_transform may be the layer 0.
     return any(raw.get(key) not in (None, [], "") for key in _SELECT)
+
+
+def in_layers(raw: dict[str, Any], module: str) -> bool:
+    """Whether PEFT's layers_to_transform has the layer that a module is in."""
+    layers = _several(raw.get("layers_to_transform"))
+    patterns = _several(raw.get("layers_pattern")) or ["[^.]*"]
+    found = (re.match(rf"(?:^|.*?\.){p}\.(\d+)\.", module) for p in patterns)
+    at = next((int(match[1]) for match in found if match), None)
+    return not layers or at is None or at in layers
+
+
+def _several(given: object) -> list:
+    return given if isinstance(given, list) else [] if given in (None, "") else [given]
+
+
+def _check_types(path: Path, raw: dict[str, Any]) -> None:
+    for key in ("peft_type", "method"):
+        if not isinstance(raw.get(key), str | None):
+            raise InputError(f"{path}: {key}: expected a name, got {raw[key]!r}")
+    for key, kind, what in (
+        ("modules_to_save", str, "a list of names"),
+        ("layers_to_transform", int, "a list of whole numbers"),
+        ("layers_pattern", str, "a list of regular expressions"),
+    ):
+        sound = all(isinstance(one, kind) for one in _several(raw.get(key)))
+        if not sound or (key == "layers_pattern" and not _compile(_several(raw.get(key)))):
+            raise InputError(f"{path}: {key}: expected {what}, got {raw[key]!r}")
+
+
+def _compile(patterns: list[str]) -> bool:
+    try:
+        return all(re.compile(p) for p in patterns)
+    except re.error:
+        return False
 
 
 def _check_plain(path: Path, raw: dict[str, Any], saveable: Sequence[str]) -> None:

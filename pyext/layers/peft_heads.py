@@ -68,11 +68,23 @@ def drop_base(path: Path, start: str, model: nn.Module, tensors: dict[str, Tenso
         if not key.startswith(start) or name not in own:
             continue
         there, here = tensors.pop(key), own[name].detach()
-        if there.shape != here.shape or not torch.equal(there.to(here), here):
-            raise InputError(
-                f"{path} holds the base's {name} {tuple(there.shape)}, which is not what this "
-                f"{type(model).__name__} has {tuple(here.shape)}: load it on the base it is for"
-            )
+        why = "the values differ"
+        if there.shape != here.shape:
+            why = f"expected {tuple(here.shape)}"
+        elif _equal(there.to(here.device), here):
+            continue
+        raise InputError(
+            f"{path} holds the base's {name} {tuple(there.shape)}, which is not what this "
+            f"{type(model).__name__} has, {why}: load it on the base it is for"
+        )
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    """In the coarser of their dtypes: the same base may have been loaded in another."""
+    if one.is_floating_point() and two.is_floating_point():
+        coarser = max(one.dtype, two.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        one, two = one.to(coarser), two.to(coarser)
+    return torch.equal(one, two.to(one))
 
 
 def check_head(

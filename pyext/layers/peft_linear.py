@@ -44,8 +44,12 @@ class FusedLinear(lora.Linear):
 
     Only `forward` differs; whatever the guards do not recognise goes to PEFT's own forward: merged
     or disabled adapters, `adapter_names`, variants other than DoRA, DoRA with dropout in training
-    or beside another adapter, lora_bias, quantised or sharded weights, hooks on inner modules.
+    or beside another adapter, lora_bias, quantised or sharded weights, hooks on inner modules,
+    scalings that are tensors, torch.func's transforms.
     """
+
+    def _get_name(self) -> str:
+        return "Linear"  # PEFT's reports read the kind of a layer off its repr
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or self._disable_adapters or self.merged_adapters:
@@ -102,11 +106,13 @@ class FusedLinear(lora.Linear):
             return False  # PEFT's answer, be it an error
         if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
             return False
-        if self.ephemeral_gpu_offload:
-            return False
+        if self.ephemeral_gpu_offload or torch._C._are_functorch_transforms_active():
+            return False  # torch.func's transforms: the op has no rule for them
         dropouts, casts = self._modules["lora_dropout"]._modules, self.cast_input_dtype_enabled
         for name in names:
             a, b, dropout = lora_a[name], lora_b[name], dropouts[name]
+            if isinstance(self.scaling[name], Tensor):
+                return False  # for a compiled hotswap, which writes to it
             if type(a) is not nn.Linear or type(b) is not nn.Linear:
                 return False
             wa, wb = a._parameters.get("weight"), b._parameters.get("weight")

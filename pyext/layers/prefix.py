@@ -197,6 +197,13 @@ class Prefixes(nn.Module):
         return {**self.__dict__, "_folded_from": {}, "bias": None}
 
 
+def flattened(module: nn.Module, args: tuple, output):
+    """After positions are embedded: BART's table takes one row for all, [T], and puts a dimension
+    before what it is given; positions by row, [B, T], have theirs already."""
+    by_row = isinstance(module, nn.Embedding) and output.ndim == 4
+    return output[0] if by_row else output
+
+
 def shifted(args: tuple, kwargs: dict, length: int | Tensor) -> tuple[tuple, dict]:
     """What a module that embeds positions is given, `length` ([B, 1] by row) further on."""
     if "position_ids" in kwargs:
@@ -272,9 +279,8 @@ def attention_layers(stack: nn.Module) -> list[nn.Module]:
 
 def shape_of(stack: nn.Module) -> Shape:
     config = stack.config
-    of_decoder = config.is_encoder_decoder and hasattr(
-        config, "decoder_layers"
-    )  # BART's one config
+    decoder = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    of_decoder = decoder and hasattr(config, "decoder_layers")  # BART's one config
     layers = config.decoder_layers if of_decoder else config.num_hidden_layers
     heads = config.decoder_attention_heads if of_decoder else config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -347,20 +353,21 @@ def add(model: nn.Module, config: PrefixTuning, name: str, planned: None) -> Non
         root._handles = [stack.register_forward_pre_hook(root.before, with_kwargs=True)]
         for module in positions_of(stack):
             root._handles.append(module.register_forward_pre_hook(root.shift, with_kwargs=True))
-        stack.add_module(CHILD, root)
+            root._handles.append(module.register_forward_hook(flattened))
+        stack.add_module(CHILD, root.train(stack.training))
         for i, layer in enumerate(layers):
-            layer.add_module(CHILD, AttentionPrefixes(root, i))
+            layer.add_module(CHILD, AttentionPrefixes(root, i).train(layer.training))
         _set_attention(model, stack, IMPLEMENTATION)
     like = next(layers[0].parameters())
     if config.projection is None:
         for layer in layers:
             own = LayerPrefix(like, (shape.heads, config.length, shape.dim))
-            getattr(layer, CHILD).adapters[name] = own
+            getattr(layer, CHILD).adapters[name] = own.train(layer.training)
         return
     out = 2 * shape.layers * shape.heads * shape.dim
     root.projections[name] = Projection(
         like, config.length, shape.hidden, config.projection, out
-    ).train(model.training)
+    ).train(stack.training)
 
 
 def check_together(wanted: Mapping[str, PrefixTuning]) -> None:

@@ -9,6 +9,8 @@ position (BERT, RoBERTa) reads the prompt's first, as in PEFT.
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,6 +23,7 @@ from fusedpeft.layers.prefix import attention_layers, room_of
 from fusedpeft.ops import soft_prompt_embedding
 
 _CHILD = "fusedpeft_prompt"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what a tokenizer that is no folder is named by
 
 
 class Prompts(nn.Module):
@@ -161,15 +164,16 @@ def begins(who: str, cache: Cache | None, length: int) -> bool:
 
 def make_room(cache, length: int) -> None:
     """Static caches are sized for the tokens before the prompt is known: `length` more, while they
-    have allocated nothing yet."""
+    have allocated nothing yet. One that slides may then hold more than its window: the mask, which
+    goes by positions, hides the rest."""
     for layer in getattr(cache, "layers", ()):
         if not hasattr(layer, "max_cache_len") or getattr(layer, _CHILD, 0) >= length:
             continue
-        if layer.is_initialized or getattr(layer, "is_sliding", False):
+        if layer.is_initialized:
             kind = type(layer).__name__
             raise InputError(
-                f"PromptTuning: expected a new cache that does not slide, or one that grows, got a "
-                f"{kind} without room for the {length} positions of the prompt"
+                f"PromptTuning: expected a new cache, or one that grows, got a {kind} without room "
+                f"for the {length} positions of the prompt"
             )
         layer.max_cache_len += length - getattr(layer, _CHILD, 0)
         setattr(layer, _CHILD, length)
@@ -238,6 +242,11 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
 def _text_ids(config: PromptTuning, vocabulary: int) -> Tensor:
     tokenizer = config.tokenizer
     if not callable(tokenizer):
+        if not _HUB_NAME.fullmatch(str(tokenizer)) and not os.path.exists(tokenizer):
+            raise InputError(
+                f"PromptTuning tokenizer: expected a folder with one, got {str(tokenizer)!r}, "
+                "which does not exist"
+            )
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except (OSError, ValueError) as error:
@@ -266,7 +275,7 @@ def add(model: nn.Module, config: PromptTuning, name: str, values: Tensor) -> No
             stack.register_forward_pre_hook(root.before, with_kwargs=True, prepend=True),
             stack.register_forward_hook(root.after),
         ]
-        stack.add_module(_CHILD, root)
+        stack.add_module(_CHILD, root.train(stack.training))
         if two:
             decoder = model.base_model.decoder
             root._handles.append(decoder.register_forward_pre_hook(root.widen, with_kwargs=True))

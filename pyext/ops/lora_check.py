@@ -26,6 +26,7 @@ def is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
         and type(a) in PLAIN
         and type(b) in PLAIN
         and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None  # torch.jit's sees no call into C++
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 
 from torch import nn
@@ -58,6 +59,13 @@ def places_of(
             raise InputError(
                 f"for_model: prompts are served of decoders, {type(model).__name__} is an encoder: "
                 "expected max_prompt 0"
+            )
+        stack = prompt.stack_of(model)
+        taken = inspect.signature(stack.forward).parameters
+        if prefix.room_of(stack) is not None and "position_ids" not in taken:
+            raise InputError(
+                f"for_model: prompts by row need positions by row, and {type(stack).__name__} counts "
+                "its own: expected max_prompt 0"
             )
         table = model.get_input_embeddings()
         places.add_prompt(paths[table], table.weight.shape[1], max_prompt)

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.attach import unwrap
 from fusedpeft.layers.config import ALL_LINEAR, BottleneckAdapter
+from fusedpeft.layers.state import unwrap
 from fusedpeft.layers.targets import nearest
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import LoRASlots, lora_slots

@@ -215,8 +215,11 @@ def _install_prefixes(model: nn.Module, found, undo: ExitStack) -> None:
     positions = _Positions(served, prefix.room_of(stack))
     undo.callback(stack.register_forward_pre_hook(positions.before, with_kwargs=True).remove)
     for module in prefix.positions_of(stack):
-        handle = module.register_forward_pre_hook(positions.shift, with_kwargs=True)
-        undo.callback(handle.remove)
+        for handle in (
+            module.register_forward_pre_hook(positions.shift, with_kwargs=True),
+            module.register_forward_hook(prefix.flattened),
+        ):
+            undo.callback(handle.remove)
     undo.callback(model.set_attn_implementation, before)
     model.set_attn_implementation(IMPLEMENTATION)
 

@@ -173,6 +173,57 @@ def test_hotswap(build, ids, stir, tmp_path, monkeypatch):
     torch.testing.assert_close(after, other(ids).logits, rtol=0, atol=1e-5)
 
 
+def test_compiled_hotswap(llama, ids, stir):
+    """PEFT makes the scalings tensors that it writes to: its own code reads them."""
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    theirs, ours = make(lambda: llama, stir)
+    for model in (theirs, ours):
+        prepare_model_for_compiled_hotswap(model, target_rank=6)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for scale in (2.0, 0.5):
+        for model in (theirs, ours):
+            for module in model.modules():
+                if hasattr(module, "lora_A"):
+                    module.scaling["a0"].fill_(scale)
+        torch.testing.assert_close(compiled(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_transforms_of_functions(llama, stir, dora, monkeypatch):
+    from torch.func import functional_call, grad, jacrev, jvp, vmap
+
+    models = make(lambda: llama, stir, use_dora=dora)
+    x = torch.randn(5, 24)
+    calls, results = count_fused(models[1], monkeypatch), []
+    for model in models:
+        layer = model.base_model.model.model.layers[0].mlp.gate_proj
+        own = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+
+        def loss(own, row, layer=layer):
+            return functional_call(layer, own, (row,)).square().sum()
+
+        each = vmap(grad(loss), in_dims=(None, 0))(own, x)
+        more = (vmap(layer)(x), jvp(layer, (x,), (x,))[1], jacrev(layer)(x[0]))
+        results.append([*grad(loss)(own, x).values(), *each.values(), *more])
+    for theirs, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    assert not calls
+    models[1].base_model.model.model.layers[0].mlp.gate_proj(x)
+    assert calls
+
+
+def test_dora_sees_writes_through_data(build, ids, stir):
+    theirs, ours = make(build, stir, use_dora=True)
+    assert_same(theirs, ours, ids)
+    for part in ("lora_B", "lora_A", "base_layer.weight"):
+        for model in (theirs, ours):
+            for name, p in model.named_parameters():
+                if part in name:
+                    p.data.mul_(1.5)
+        assert_same(theirs, ours, ids, atol=1e-4)
+
+
 def test_dora_beside_another_goes_to_peft(build, ids, stir):
     theirs, ours = make(build, stir, [{"use_dora": True}, {}])
     for active in (["a0", "a1"], ["a1", "a0"]):
@@ -251,6 +302,8 @@ def test_report_and_twice(llama, ids, stir):
     assert "fused 3 LoRA linears" in str(report)
     assert "lora.layer.Embedding is not lora.Linear (such as base_model.model.model" in str(report)
     assert "its base is a " in report.kept["base_model.model.model.layers.0.self_attn.v_proj"]
+    kinds = {status.module_type for status in model.get_layer_status()}
+    assert kinds == {"lora.Linear", "lora.Embedding"}
     again = fp.accelerate(model)
     assert not again.swapped and sorted(again.already) == sorted(report.swapped)
     model(ids)

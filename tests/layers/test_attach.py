@@ -36,6 +36,22 @@ def test_attach_is_silent_freezes_and_counts(build, ids):
     assert len(modules) == {"LlamaForCausalLM": 14, "GPT2LMHeadModel": 8}[type(model).__name__]
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        fp.LoRA(dropout=0.1), fp.BottleneckAdapter(4), fp.PrefixTuning(4),
+        fp.PrefixTuning(4, projection=5), fp.PromptTuning(4), fp.OutputLayer(),
+    ],
+    ids=["lora", "bottleneck", "prefix", "projection", "prompt", "output"],
+)  # fmt: skip
+def test_what_is_added_is_in_the_model_s_mode(build, config, training):
+    model = build().train(training)
+    fp.attach(model, config)
+    fp.attach(model, config, "second")
+    assert {m.training for m in model.modules()} == {training}
+
+
 def test_init_is_uniform_in_one_over_root_k(llama):
     fp.attach(llama, fp.LoRA(rank=64, targets=["up_proj"]))
     for module in adapted(llama).values():

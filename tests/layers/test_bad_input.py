@@ -157,6 +157,12 @@ def test_a_pickle_is_never_opened(llama, saved):
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4' is not"),
         ({"modules_to_save": ["lm_head"]}, r"has no tensors of lm_head, which its settings name"),
         ({"modules_to_save": ["embed_tokens"]}, r"only plain LoRA and DoRA are: modules_to_save"),
+        ({"modules_to_save": 3}, r"modules_to_save: expected a list of names, got 3"),
+        ({"modules_to_save": [["x"]]}, r"modules_to_save: expected a list of names, got \[\['x'"),
+        ({"peft_type": ["LORA"]}, r"json: peft_type: expected a name, got \['LORA'\]"),
+        ({"method": ["OutputLayer"]}, r"json: method: expected a name, got \['OutputLayer'\]"),
+        ({"layers_to_transform": "x"}, r"layers_to_transform: expected a list of whole numbers"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "("}, r"layers_pattern: expected a li"),
         ({"lora_bias": True, "use_qalora": True}, r"lora_bias=True, use_qalora=True"),
         ({"from_the_future": 1}, r"from_the_future=1"),
         ({"r": 0}, r"adapter_config.json: LoRA rank: expected a whole number >= 1, got 0"),
@@ -182,6 +188,11 @@ def test_tensors_for_another_base(llama, saved):
         ({**tensors, key: tensors[key].long()}, r"up_proj.lora_B is torch.int64"),
         ({**tensors, "base_model.model.x.lora_A.weight": torch.zeros(8, 4)}, r"1 extra: x.lora_A"),
         ({**tensors, "base_model.model.wte.lora_embedding_A": torch.zeros(8)}, r"lora_embedding_A"),
+        ({**tensors, key: tensors[key] / 0}, r"expected finite numbers, base.*1.mlp.up_proj.lora"),
+        (
+            {**tensors, key: tensors[key] + torch.inf},
+            r"expected finite numbers, base_model.model.m",
+        ),
         (
             {k.replace(".layers.1.", ".layers.7."): v for k, v in tensors.items()},
             r"4 missing.*4 ex",
@@ -189,6 +200,21 @@ def test_tensors_for_another_base(llama, saved):
     ):
         save_file(changed, saved / WEIGHTS)
         refused(llama, saved, message)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [fp.LoRA(), fp.BottleneckAdapter(4), fp.PrefixTuning(4), fp.PromptTuning(4), fp.OutputLayer()],
+    ids=["lora", "bottleneck", "prefix", "prompt", "output"],
+)
+def test_numbers_that_are_not_finite(make_llama, tmp_path, config):
+    fp.save_adapter(fp.attach(make_llama(), config), tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    tensors = load_file(path)
+    key = list(tensors)[-1]
+    tensors[key].view(-1)[0] = torch.nan
+    save_file(tensors, path)
+    refused(make_llama(), tmp_path, f"{path.name}: expected finite numbers, {key} has NaN")
 
 
 def test_saving_where_a_file_stands(llama, tmp_path):

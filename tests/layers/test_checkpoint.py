@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import fusedpeft as fp
@@ -113,6 +114,41 @@ def test_an_output_layer_goes_with_its_adapter(make_llama, ids, stir, tmp_path, 
             assert torch.equal(again(ids).logits, logits)
 
 
+@pytest.mark.parametrize("method", [fp.PromptTuning(4), fp.OutputLayer()], ids=["prompt", "head"])
+def test_another_architecture_of_the_same_sizes(make_llama, method, tmp_path):
+    """The one tensor fits: the settings tell."""
+    fp.save_adapter(fp.attach(make_llama(), method), tmp_path)
+    gpt2 = transformers.GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=4)
+    t5 = transformers.T5Config(vocab_size=61, d_model=24, num_layers=2, num_heads=4, d_ff=40)
+    for other, said in (
+        (transformers.GPT2LMHeadModel(gpt2), r"expected parent_library .*gpt2'"),
+        (transformers.T5ForConditionalGeneration(t5), "expected task_type 'SEQ_2_SEQ_LM', got"),
+    ):
+        with pytest.raises(InputError, match=rf"for another model than this .*: {said}.*"):
+            fp.load_adapter(other, tmp_path)
+        assert not hasattr(other, "_fusedpeft")
+    fp.load_adapter(make_llama(), tmp_path)
+
+
+@pytest.mark.parametrize("method", [fp.PromptTuning(4), fp.PrefixTuning(4)], ids=["prompt", "px"])
+def test_settings_of_another_model(make_llama, method, tmp_path):
+    fp.save_adapter(fp.attach(make_llama(), method), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    for change, said in (
+        ({"num_layers": 7}, "expected num_layers 2, got 7"),
+        ({"num_attention_heads": 3}, "expected num_attention_heads 2 or 4, got 3"),
+        ({"token_dim": 99}, "expected token_dim 12 or 24, got 99"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "expected task_type 'CAUSAL_LM', got 'SEQ_2"),
+    ):
+        path.write_text(json.dumps({**settings, **change}))
+        with pytest.raises(InputError, match=f"config.json is for another model.*: {said}"):
+            fp.load_adapter(make_llama(), tmp_path)
+    unsaid = ("num_layers", "num_attention_heads", "token_dim", "task_type", "auto_mapping")
+    path.write_text(json.dumps({k: v for k, v in settings.items() if k not in unsaid}))
+    fp.load_adapter(make_llama(), tmp_path)
+
+
 def test_a_head_that_stays_behind_is_named(make_llama, tmp_path):
     model = fp.attach(make_llama(), fp.BottleneckAdapter(4), "a")
     fp.save_adapter(model, tmp_path / "alone", "a")
@@ -132,8 +168,23 @@ def test_what_peft_keeps_of_the_base(make_llama, ids, stir, tmp_path, tie):
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=0, atol=1e-5)
         other = make_llama(tie=tie)
         other.lm_head.weight[0] += 1
-    with pytest.raises(InputError, match="the base's (lm_head|model.embed_tokens).weight .*not wh"):
+    wrong = r"the base's (lm_head|model.embed_tokens).weight .*not what .* the values differ"
+    with pytest.raises(InputError, match=wrong):
         fp.load_adapter(other, tmp_path)
+    other = make_llama(tie=tie)
+    other.resize_token_embeddings(67)
+    with pytest.raises(InputError, match=r"weight \(61, 24\), which is .*, expected \(67, 24\)"):
+        fp.load_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("there, here", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_what_peft_keeps_of_the_base_in_another_dtype(make_llama, stir, tmp_path, there, here):
+    base = make_llama().to(getattr(torch, there))
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])
+    theirs = stir(peft.get_peft_model(base, settings))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = fp.load_adapter(make_llama().to(getattr(torch, here)), tmp_path)
+    assert model.lm_head.weight.dtype == getattr(torch, here)
 
 
 def test_a_bf16_base_keeps_fp32_adapters_on_disk(llama, make_llama, ids, stir, tmp_path):
@@ -144,6 +195,23 @@ def test_a_bf16_base_keeps_fp32_adapters_on_disk(llama, make_llama, ids, stir, t
     theirs = peft.PeftModel.from_pretrained(make_llama().bfloat16(), tmp_path)
     y = ours(ids).logits
     assert (y - theirs(ids).logits).abs().max() < 0.02 * y.abs().max()
+
+
+def test_layers_beyond_those_that_peft_s_settings_name(llama, make_llama, ids, stir, tmp_path):
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj"])
+    stir(peft.get_peft_model(make_llama(), settings)).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    for layers, extra in ([1], 2), (0, 2), ([7], 4):
+        for pattern in (None, "layers", ["h", "layers"]):
+            more = {"layers_to_transform": layers, "layers_pattern": pattern}
+            path.write_text(json.dumps({**raw, **more}))
+            with pytest.raises(
+                InputError, match=rf"{extra} extra: model.layers.\d.self_attn.q_pro"
+            ):
+                fp.load_adapter(llama, tmp_path)
+    path.write_text(json.dumps({**raw, "layers_to_transform": [0, 1]}))
+    fp.load_adapter(llama, tmp_path)
 
 
 def test_names_targets_and_settings_round_trip(llama, make_llama, tmp_path):

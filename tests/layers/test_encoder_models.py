@@ -146,6 +146,20 @@ def test_encoder_decoders_generate_and_save(name, projection, ids, tmp_path, wit
     assert torch.equal(model.generate(ids, **options), growing)
 
 
+def test_rows_of_a_decoder_s_prefix(ids, with_prefix):
+    """BART's table of positions puts a dimension before what it is given."""
+    model = with_prefix(two_stacks("BART"))
+    with torch.no_grad():
+        prefixed = model(ids, labels=ids).logits
+        fp.activate(model, None)
+        base = model(ids, labels=ids).logits
+        with fp.rows(model, ["default", None]):
+            mixed = model(ids, labels=ids).logits
+    torch.testing.assert_close(mixed[0], prefixed[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=1e-5)
+    assert (prefixed[0] - base[0]).abs().max() > 1e-3
+
+
 def test_rows_of_a_relative_bias_are_refused(ids, with_prefix):
     model = with_prefix(two_stacks("T5"))
     with (

@@ -2,6 +2,14 @@
 
 import pytest
 import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fusedpeft as fp
 from fusedpeft.errors import InputError
@@ -103,6 +111,39 @@ def test_unload_leaves_a_plain_model(make_llama, ids, stir, tie):
     )
     assert {p.requires_grad for p in model.parameters()} == flags == {True}
     fp.attach(model, fp.LoRA())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bart", "t5"])
+def test_a_tied_head_stays_merged_after_unload(make_llama, ids, stir, tmp_path, name):
+    torch.manual_seed(0)
+    size = {"vocab_size": 61, "d_model": 24, "pad_token_id": 0, "decoder_start_token_id": 0}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    made = {
+        "llama": lambda: make_llama(tie=True),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=24, n_layer=1, n_head=4)),
+        "bart": lambda: BartForConditionalGeneration(
+            BartConfig(**size, **heads, encoder_layers=1, decoder_layers=1)
+        ),
+        "t5": lambda: T5ForConditionalGeneration(T5Config(**size, num_layers=1)),
+    }
+    model = made[name]().eval()
+    fed = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+
+    def close(other):
+        with torch.no_grad():
+            got = other.eval()(ids, **fed).logits[..., :61]
+        torch.testing.assert_close(got, before, rtol=0, atol=1e-5)
+
+    stir(fp.attach(model, fp.LoRA(targets=["lm_head"])))
+    with torch.no_grad():
+        before = model(ids, **fed).logits
+    fp.merge(model, unload=True)
+    for change in (model.tie_weights, lambda: model.resize_token_embeddings(64)):
+        change()
+        close(model)
+        model.save_pretrained(tmp_path)
+        close(type(model).from_pretrained(tmp_path))
+    assert model.config.tie_word_embeddings == (name in ("bart", "t5"))  # their stacks are tied
 
 
 def test_a_weight_that_is_not_finite_is_refused_and_undone(llama, ids, stir):

@@ -78,6 +78,34 @@ def test_generates_alike_with_every_cache(build, ids, lively):
     assert not torch.equal(model.generate(ids, **options), growing)
 
 
+@pytest.mark.parametrize("window", [2, 6, 15, 40])  # within the prompt, the text, beyond both
+def test_static_caches_that_slide(window, ids, lively):
+    config = transformers.Gemma3TextConfig(
+        vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=6, sliding_window=window,
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    model = lively(transformers.Gemma3ForCausalLM(config).eval())
+    fp.attach(model, fp.PromptTuning(length=P, init="vocab"))
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for options["attention_mask"] in (None, mask):
+        growing = model.generate(ids, **options)
+        static = model.generate(ids, cache_implementation="static", **options)
+        assert torch.equal(static, growing)
+    turn = torch.cat((growing, ids[:, :3]), 1)
+    options["attention_mask"] = None
+    seconds = []
+    for cache in (
+        transformers.StaticCache(config=config, max_cache_len=32),
+        transformers.DynamicCache(config=config),
+    ):
+        model.generate(ids, past_key_values=cache, **options)
+        seconds.append(model.generate(turn, past_key_values=cache, **options))
+    assert torch.equal(*seconds)
+
+
 @pytest.mark.parametrize("more", [1, 3, 7])  # tokens of a second turn: fewer than P, and more
 def test_a_second_turn_on_the_cache(build, ids, lively, more):
     model = fp.attach(lively(build()), fp.PromptTuning(length=P, init="vocab"))
@@ -220,6 +248,11 @@ def test_what_cannot_be(llama, ids, words, tmp_path):
     for config, message in (
         (fp.PromptTuning(3, "text", "", words), "init_text: '' has no token"),
         (fp.PromptTuning(3, "text", "a", str(tmp_path)), "tokenizer: cannot load '.*'"),
+        (
+            fp.PromptTuning(3, "text", "a", "/nope"),
+            "a folder .*, got '/nope', which does not exist",
+        ),
+        (fp.PromptTuning(3, "text", "a", tmp_path / "no"), "got '.*/no', which does not exist"),
     ):
         with pytest.raises(InputError, match=message):
             fp.attach(llama, config)

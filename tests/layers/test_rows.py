@@ -95,6 +95,64 @@ def test_the_state_returns_after_an_error(model, many):
         assert torch.equal(model(many).logits, before)
 
 
+def test_rows_within_rows(model, many):
+    fp.activate(model, None)
+    turned = NAMES[::-1]
+    with torch.no_grad(), fp.rows(model, NAMES):
+        outer = model(many).logits
+        with fp.rows(model, turned):
+            inner = model(many).logits
+        assert torch.equal(model(many).logits, outer)
+        assert torch.equal(model(many, adapter_names=turned).logits, inner)
+        assert torch.equal(model(many).logits, outer)
+    assert (outer - inner).abs().max() > 1e-3
+
+
+def test_adapter_names_for_one_call(model, many):
+    """PEFT's keyword, which transformers' models pass on and nobody would read."""
+    fp.activate(model, None)
+    with torch.no_grad():
+        base = model(many).logits
+        with fp.rows(model, NAMES):
+            want = model(many).logits
+        named = ["__base__" if n is None else n for n in NAMES]
+        for names in (NAMES, tuple(NAMES), named):
+            assert torch.equal(model(many, adapter_names=names).logits, want)
+            assert torch.equal(model(many, adapter_names=None).logits, base)
+        for names, message in (
+            (["smal"] * len(many), "no adapter is named 'smal'; did you mean 'small'"),
+            (["small"] * 3, "expected a batch of 3, as there are names, got 11"),
+            ("small", "rows: expected a list of names, one for each row, got 'small'"),
+        ):
+            with pytest.raises(InputError, match=message):
+                model(many, adapter_names=names)
+            assert torch.equal(model(many).logits, base)
+    with pytest.raises(ValueError, match="adapter_names"):  # transformers' own refusal
+        model.generate(many, adapter_names=NAMES, max_new_tokens=1)
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="adapter_names: expected a model without gradient check"):
+        model(many, adapter_names=NAMES)
+    for name in CONFIGS:
+        fp.detach(model, name)
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_adapter_names_and_whole_graphs(llama, ids, stir):
+    fp.attach(llama, fp.LoRA(rank=2), "small")
+    stir(llama)
+    with torch.no_grad():
+        want = llama(ids).logits
+        named = llama(ids, adapter_names=["small", None]).logits
+        assert (want - named).abs().amax((1, 2)).gt(1e-3).tolist() == [False, True]
+        for options in ({"fullgraph": True}, {}):
+            torch._dynamo.reset()
+            compiled = torch.compile(llama, backend="aot_eager", **options)
+            torch.testing.assert_close(compiled(ids).logits, want, rtol=0, atol=1e-5)
+        got = compiled(ids, adapter_names=["small", None]).logits
+        torch.testing.assert_close(got, named, rtol=0, atol=1e-5)
+        torch.testing.assert_close(compiled(ids).logits, want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config", [fp.PromptTuning(length=2), fp.OutputLayer(), fp.FullFineTuning()]
 )

@@ -296,3 +296,8 @@ def test_what_is_refused(llama, ids, adapted, tmp_path):
     t5 = T5(T5Config(vocab_size=61, d_model=24, d_kv=8, d_ff=40, num_layers=1, num_heads=3))
     with pytest.raises(InputError, match="expected max_prefix 0 and max_prompt 0"):
         fp.AdapterPool.for_model(t5, max_rank=0, max_prompt=2)
+    sizes = dict(d_model=24, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4)
+    sizes |= dict(decoder_attention_heads=4, encoder_ffn_dim=40, decoder_ffn_dim=40, vocab_size=61)
+    bart = transformers.BartForCausalLM(transformers.BartConfig(**sizes))
+    with pytest.raises(InputError, match="BartDecoder counts its own: expected max_prompt 0"):
+        fp.AdapterPool.for_model(bart, max_rank=0, max_prompt=2)
