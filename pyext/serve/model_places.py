@@ -64,8 +64,8 @@ def places_of(
         taken = inspect.signature(stack.forward).parameters
         if prefix.room_of(stack) is not None and "position_ids" not in taken:
             raise InputError(
-                f"for_model: prompts by row need positions by row, and {type(stack).__name__} counts "
-                "its own: expected max_prompt 0"
+                f"for_model: prompts by row need positions by row, and {type(stack).__name__} "
+                "counts its own: expected max_prompt 0"
             )
         table = model.get_input_embeddings()
         places.add_prompt(paths[table], table.weight.shape[1], max_prompt)
