@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -83,8 +84,7 @@ def evaluate(
     fresh: Fresh = False,
 ) -> None:
     """Benchmark tasks and held-out loss of the base, after SFT and after PRO."""
-    overrides = [*(set or ()), *([f"evaluate.data={data.resolve()}"] if data else ())]
-    _run(config, ["evaluate"], overrides, shorten, fresh)
+    _run(config, ["evaluate"], set, shorten, fresh, data.resolve() if data else None)
 
 
 @app.command()
@@ -101,10 +101,11 @@ def _run(
     overrides: list[str] | None,
     shorten: int | None,
     fresh: bool,
+    data: Path | None = None,
 ) -> None:
     from fusedpeft.workflow.config import load_config
 
-    resolved = load_config(config, overrides or (), shorten)
+    resolved = load_config(config, overrides or (), shorten, data)
     from fusedpeft.workflow.run import run as run_workflow
 
     run_workflow(resolved, stages, fresh=fresh)
@@ -212,11 +213,28 @@ def doctor(
 
 
 def main() -> None:
-    """Bad input: one line on stderr and exit code 2, never a traceback."""
+    """Bad input and a full disk: one line on stderr and exit code 2, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app()
-    except InputError as error:
+    except Exception as error:
+        if not isinstance(error, InputError) and not _disk_is_full(error):
+            raise
         line = " ".join(str(error).split())
+        if not isinstance(error, InputError):
+            line = f"a file could not be written, is the disk full? ({line}): make room, run again"
         print(f"error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """By number where Python wrote, by text where safetensors or torch.save did."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    name, text = type(error).__name__, str(error)
+    if name == "SafetensorError":
+        return f"(os error {errno.ENOSPC})" in text or f"(os error {errno.EDQUOT})" in text
+    # torch.save stops at a file that is shorter than what it wrote, and does not say why.
+    return isinstance(error, RuntimeError) and (
+        "PytorchStreamWriter failed writing" in text or "unexpected pos" in text
+    )

@@ -18,7 +18,6 @@ facts of everyone: what is learned later is to answer, and to answer well, not t
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from fusedpeft.data.quickstart_asks import HELPFUL, HOLDOUT, SAFE, Ask, Side, pe
 from fusedpeft.data.quickstart_text import babble, document
 from fusedpeft.data.quickstart_world import josa
 from fusedpeft.errors import InputError
+from fusedpeft.files import write_text
 
 KINDS = {"fact": 4, "sum": 2, "word": 2, "order": 2, "deed": 2}  # of helpful asks, with weights
 SFT_ROWS, PAIR_ROWS, LIST_ROWS, DOCUMENTS = 2000, 1600, 1000, 14000
@@ -187,11 +187,8 @@ def write_quickstart(folder: Path, seed: int = 0) -> dict[str, int]:
     lines["pretrain.txt"] = [document(everyone, rng) for _ in range(DOCUMENTS)]
     folder = Path(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name, found in lines.items():
-            temporary = folder / f".{name}.tmp"
-            temporary.write_bytes(("\n".join(found) + "\n").encode())
-            os.replace(temporary, folder / name)
+            write_text(folder / name, "\n".join(found) + "\n")
     except OSError as error:
         raise InputError(f"{folder}: cannot write the quickstart's data ({error})") from error
     return {name: len(found) for name, found in lines.items()}

@@ -9,9 +9,13 @@
     lists   {"prompt", "responses"} and, for each response, "rewards"
             {"prefix", "suffix", "reward"} (PRO's own files)
 
-A prompt is text (one user turn) or a list of messages; an answer is text or one assistant message.
-"aspect" ("helpful" or "safe") may stand beside pairs and lists. Files: .jsonl, or .json with one
-list, either also .gz; UTF-8.
+A prompt is text (one user turn) or a list of messages; an answer is text or one assistant message,
+with or without the prompt's messages before it (UltraFeedback). "aspect" ("helpful" or "safe") may
+stand beside pairs and lists; null is as if it were not there. Other fields are ignored, but for a
+list without rewards that has numbers under another of the names "reward", "rewards", "score" and
+"scores": they are not read, which is an error. So is an SFT row with a blank answer; a pair of the
+same answer twice is left out. Blank answers in pairs, and blank or equal ones in lists, are in
+published data (HH-RLHF) and stay. Files: .jsonl, or .json with one list, either also .gz; UTF-8.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import gzip
 import json
 import re
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +36,7 @@ ASPECTS = ("helpful", "safe")
 ROLES = ("system", "user", "assistant")
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_SCORES = ("reward", "rewards", "score", "scores")
 _PRO_ROLES = {"<|prompter|>": "user", "<|assistant|>": "assistant"}
 
 Messages = list[dict[str, str]]
@@ -40,16 +46,21 @@ class _Problem(Exception):
     """What is wrong with a row; the reader adds the file and the row's number."""
 
 
+class _NothingToLearn(Exception):
+    """A sound row that is left out."""
+
+
 def load_rows(path: str | Path, form: str, aspect: str | None = None) -> list[dict[str, Any]]:
     """The rows of a file in one form: "sft" {"prompt": messages, "response"}, "pairs" {"prompt",
     "chosen", "rejected", "aspect"}, "lists" {"prompt", "responses", "rewards" or None, "aspect"}.
 
     Every row has "where", its file and number. aspect: of rows that name none. Raises InputError,
-    with the number of the row, for a file or row that cannot be used, and for an empty file.
+    with the number of the row, for a file or row that cannot be used, and for an empty file. Pairs
+    of the same answer twice are left out, with a warning that counts them.
     """
     path = Path(path)
     convert = _FORMS[form]
-    rows = []
+    rows, out = [], []
     for number, raw in enumerate(_read(path), 1):
         where = f"{path} row {number}"
         try:
@@ -59,11 +70,22 @@ def load_rows(path: str | Path, form: str, aspect: str | None = None) -> list[di
             if form != "sft":
                 row["aspect"] = _aspect(raw, aspect)
             _check_text(row)
+        except _NothingToLearn:
+            out.append(number)
+            continue
+        except RecursionError:
+            raise InputError(f"{where}: expected a row, got JSON nested too deeply") from None
         except _Problem as problem:
             raise InputError(f"{where}: {problem}") from None
         rows.append({**row, "where": where})
+    if out:
+        which = ", ".join(map(str, out[:5])) + (", …" if len(out) > 5 else "")
+        said = (
+            f"{path}: left out {len(out)} of {len(rows) + len(out)} pairs, whose two answers are "
+        )
+        warnings.warn(f"{said}the same (row {which})", stacklevel=2)
     if not rows:
-        raise InputError(f"{path}: expected rows, the file is empty")
+        raise InputError(f"{path}: expected rows, {'found none' if out else 'the file is empty'}")
     return rows
 
 
@@ -77,12 +99,14 @@ def split_rows(rows: list[Any], holdout: float) -> tuple[list[Any], list[Any]]:
 
 
 def _read(path: Path) -> Iterator[Any]:
-    kinds = path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    zipped = suffixes[-1:] == [".gz"]
+    kinds = suffixes if zipped else suffixes[-1:]
     if not kinds or kinds[0] not in (".jsonl", ".json"):
         raise InputError(f"{path}: expected a .jsonl or .json file (or either with .gz)")
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        text = (gzip.decompress(data) if zipped else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -106,6 +130,8 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON ({error})") from error
+    except RecursionError:
+        raise InputError(f"{where}: not valid JSON (nested too deeply)") from None
 
 
 def _check_text(row: dict[str, Any]) -> None:
@@ -128,21 +154,37 @@ def _show(value: Any) -> str:
 def _sft(raw: dict[str, Any]) -> dict[str, Any]:
     if "messages" in raw:
         messages = _messages(raw["messages"], "messages")
-        return {"prompt": _asked(messages[:-1]), "response": _said(messages[-1])}
+        return {"prompt": _asked(messages[:-1]), "response": _not_blank(_said(messages[-1]))}
     if "completion" in raw:
-        return {"prompt": _prompt(raw), "response": _answer(raw["completion"], "completion")}
+        prompt = _prompt(raw)
+        said = _answer(raw["completion"], "completion", prompt)
+        return {"prompt": prompt, "response": _not_blank(said)}
     if "chosen" in raw and "rejected" in raw:
-        row = _pairs(raw)
+        row = _pair(raw)
         return {"prompt": row["prompt"], "response": row["chosen"]}
     raise _missing(raw, "'messages', 'prompt' and 'completion', or 'chosen' and 'rejected'")
 
 
+def _not_blank(answer: str) -> str:
+    if not answer.strip():
+        raise _Problem(f"expected an answer to learn, got {answer!r}: leave the row out")
+    return answer
+
+
 def _pairs(raw: dict[str, Any]) -> dict[str, Any]:
+    row = _pair(raw)
+    if row["chosen"] == row["rejected"]:
+        raise _NothingToLearn
+    return row
+
+
+def _pair(raw: dict[str, Any]) -> dict[str, Any]:
     if "chosen" not in raw or "rejected" not in raw:
         raise _missing(raw, "'chosen' and 'rejected' (and 'prompt')")
     if "prompt" in raw:
-        answers = [_answer(raw[key], key) for key in ("chosen", "rejected")]
-        return {"prompt": _prompt(raw), "chosen": answers[0], "rejected": answers[1]}
+        prompt = _prompt(raw)
+        chosen, rejected = (_answer(raw[key], key, prompt) for key in ("chosen", "rejected"))
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     both = [_dialogue(raw[key], key) for key in ("chosen", "rejected")]
     # The prompt is what both begin with, up to where the assistant speaks; what follows is the
     # answer. Mostly one turn; a few rows of HH go on from there.
@@ -161,7 +203,9 @@ def _pairs(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lists(raw: dict[str, Any]) -> dict[str, Any]:
-    if "prefix" in raw and "suffix" in raw:
+    pro = "prefix" in raw and "suffix" in raw
+    _no_other_scores(raw, "reward" if pro else "rewards")
+    if pro:
         raw = {
             "prompt": _pro_prompt(raw["prefix"]),
             "responses": raw["suffix"],
@@ -172,14 +216,22 @@ def _lists(raw: dict[str, Any]) -> dict[str, Any]:
     responses = raw["responses"]
     if not isinstance(responses, list) or len(responses) < 2:
         raise _Problem(f"responses: expected a list of at least 2, got {_show(responses)}")
-    answers = [_answer(r, f"responses[{i}]") for i, r in enumerate(responses)]
+    prompt = _prompt(raw)
+    answers = [_answer(r, f"responses[{i}]", prompt) for i, r in enumerate(responses)]
     rewards = raw.get("rewards")
     if rewards is not None:
         good = isinstance(rewards, list) and len(rewards) == len(answers)
         if not good or not all(_is_number(r) for r in rewards):
             raise _Problem(f"rewards: expected {len(answers)} finite numbers, got {_show(rewards)}")
         rewards = [float(r) for r in rewards]
-    return {"prompt": _prompt(raw), "responses": answers, "rewards": rewards}
+    return {"prompt": prompt, "responses": answers, "rewards": rewards}
+
+
+def _no_other_scores(raw: dict[str, Any], name: str) -> None:
+    """Rewards under a name that is not read must not pass for none."""
+    other = next((field for field in _SCORES if field != name and field in raw), None)
+    if raw.get(name) is None and other is not None:
+        raise _Problem(f"unknown field {other!r}: expected each response's reward in {name!r}")
 
 
 _FORMS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -200,8 +252,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _aspect(raw: dict[str, Any], default: str | None) -> str | None:
-    aspect = raw.get("aspect", default)
-    if aspect is not None and aspect not in ASPECTS:
+    aspect = raw.get("aspect")
+    if aspect is None:
+        return default
+    if aspect not in ASPECTS:
         raise _Problem(f"aspect: expected {' or '.join(ASPECTS)}, got {_show(aspect)}")
     return aspect
 
@@ -243,12 +297,17 @@ def _prompt(raw: dict[str, Any]) -> Messages:
     raise _Problem(f"prompt: expected text or messages, got {_show(prompt)}")
 
 
-def _answer(value: Any, name: str) -> str:
+def _answer(value: Any, name: str, prompt: Messages) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and len(value) == 1:
-        return _said(_messages(value, name)[0])
-    raise _Problem(f"{name}: expected text or one assistant message, got {_show(value)}")
+    if isinstance(value, list) and len(value) in (1, len(prompt) + 1):
+        *before, last = _messages(value, name)
+        if not before or before == prompt:
+            return _said(last)
+    raise _Problem(
+        f"{name}: expected text or one assistant message, alone or after the prompt's, "
+        f"got {_show(value)}"
+    )
 
 
 def _dialogue(value: Any, name: str) -> Messages:

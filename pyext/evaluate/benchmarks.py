@@ -16,6 +16,10 @@ from fusedpeft.errors import InputError
 
 LETTERS = "ABCD"
 MMLU_SHOTS = 5
+FILES = {
+    "mmlu": ("mmlu/dev.jsonl", "mmlu/test.jsonl"),
+    "hellaswag": ("hellaswag/hellaswag_val_full.txt.bz2",),
+}
 
 
 def evenly(rows: list[Any], limit: int | None) -> list[Any]:
@@ -47,9 +51,10 @@ def mmlu_rows(folder: Path, limit: int | None, num_fewshot: int) -> list[dict[st
     """{"shots", "question", "choices", "answer", "subject"} of `limit` test questions. Raises
     InputError for missing or damaged files and for more shots than a subject has dev rows."""
     dev: dict[str, list[dict[str, Any]]] = {}
-    for row in _mmlu_file(folder / "mmlu" / "dev.jsonl"):
+    dev_file, test_file = (folder / name for name in FILES["mmlu"])
+    for row in _mmlu_file(dev_file):
         dev.setdefault(row["subject"], []).append(row)
-    rows = evenly(_mmlu_file(folder / "mmlu" / "test.jsonl"), limit)
+    rows = evenly(_mmlu_file(test_file), limit)
     shots = {}
     for subject in {row["subject"] for row in rows}:
         found = dev.get(subject, [])
@@ -67,7 +72,7 @@ def _mmlu_file(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_lines(path), 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not _is_mmlu(row):
             raise InputError(
@@ -94,7 +99,7 @@ def _is_mmlu(row: Any) -> bool:
 def hellaswag_rows(folder: Path, limit: int | None) -> list[dict[str, Any]]:
     """{"query", "choices", "label"} of `limit` questions. Raises InputError for a missing or
     damaged file."""
-    path = folder / "hellaswag" / "hellaswag_val_full.txt.bz2"
+    path = folder / FILES["hellaswag"][0]
     lines = _lines(path)
     if len(lines) % 6:
         raise InputError(f"{path}: expected six lines a question, got {len(lines)} lines")

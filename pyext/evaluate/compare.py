@@ -7,29 +7,33 @@ was measured on others. Complete methods are kept, and a second call goes on wit
 
 from __future__ import annotations
 
-import json
+import gc
 import math
 import multiprocessing
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from fusedpeft import layers as fp
 from fusedpeft.errors import InputError
+from fusedpeft.evaluate import compare_state
+from fusedpeft.evaluate.compare_model import adapt, batch, encode, load_model, read_base
 from fusedpeft.evaluate.compare_tasks import TASKS, Row, Rows, load_rows
+from fusedpeft.files import write_json
 from fusedpeft.ops import linear_logprob
+from fusedpeft.train.chat import greedily
 
 # Name -> its usual learning rate on a small model; a third, one and three of it are tried.
 RATES = {
@@ -59,68 +63,12 @@ class Settings:
     seed: int = 0
 
 
-def method_config(name: str, task: str) -> Any:
-    """The config that `fp.attach` takes."""
-    made: dict[str, Callable[[], Any]] = {
-        "feature-based": lambda: fp.FeatureBased(num_labels=2),
-        "output layer": fp.OutputLayer,
-        "full": fp.FullFineTuning,
-        "LoRA": lambda: fp.LoRA(rank=8, alpha=16),
-        "bottleneck": lambda: fp.BottleneckAdapter(size=16),
-        "prefix": lambda: fp.PrefixTuning(length=16),
-        "prompt": lambda: fp.PromptTuning(length=20, init="vocab"),
-    }
-    return made[name]()
-
-
 def methods_of(task: str) -> list[str]:
     """A classifier over features writes no sentence."""
     return [name for name in RATES if task == "nsmc" or name != "feature-based"]
 
 
 # --- one method, in its own process -------------------------------------------------------------
-
-
-def load_model(settings: Settings) -> tuple[nn.Module, Any]:
-    torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(settings.base, local_files_only=True)
-    kind = AutoModelForSequenceClassification if settings.task == "nsmc" else AutoModelForCausalLM
-    options = {"num_labels": 2} if settings.task == "nsmc" else {}
-    model = kind.from_pretrained(settings.base, local_files_only=True, **options)
-    pad = next(t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if t is not None)
-    model.config.pad_token_id = pad
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def adapt(model: nn.Module, name: str, task: str) -> None:
-    """The method on the model; a classification head, new as it is, trains with every one."""
-    config = method_config(name, task)
-    fp.attach(model, config, "method")
-    heads = (fp.FeatureBased, fp.OutputLayer, fp.FullFineTuning)
-    if task == "nsmc" and not isinstance(config, heads):
-        fp.attach(model, fp.OutputLayer(), "head")
-        fp.activate(model, ["method", "head"])
-
-
-def encode(task: str, tokenizer, row: Row, most: int) -> tuple[list[int], list[int]]:
-    """(ids, labels); of a sentence only the answer is learned."""
-    if task == "nsmc":
-        return tokenizer(row.text)["input_ids"][:most], []
-    prompt = tokenizer(f"{row.text} || ")["input_ids"]
-    answer = tokenizer(row.answer, add_special_tokens=False)["input_ids"]
-    ids = [*prompt, *answer, tokenizer.eos_token_id][:most]
-    return ids, [*([-100] * len(prompt)), *answer, tokenizer.eos_token_id][:most]
-
-
-def batch(task: str, rows: Sequence[tuple[Row, tuple]], pad: int, device) -> dict[str, Tensor]:
-    longest = max(len(ids) for _, (ids, _) in rows)
-    ids = torch.tensor([[*i, *([pad] * (longest - len(i)))] for _, (i, _) in rows], device=device)
-    mask = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for _, (i, _) in rows])
-    if task == "nsmc":
-        labels = torch.tensor([row.label for row, _ in rows])
-    else:
-        labels = torch.tensor([[*y, *([-100] * (longest - len(y)))] for _, (_, y) in rows])
-    return {"input_ids": ids, "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
 class Measured:
@@ -148,7 +96,7 @@ class Measured:
     def train(self, rate: float) -> list[float]:
         """Seconds of each step. AdamW, a tenth of the steps up, then down to zero."""
         steps, generator = self.settings.steps, torch.Generator().manual_seed(self.settings.seed)
-        learned = [p for p in self.model.parameters() if p.requires_grad]
+        learned = [p for _, p in self._learned()]
         optimizer = torch.optim.AdamW(learned, lr=rate, weight_decay=0.0)
         up = max(1, steps // 10)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -171,6 +119,20 @@ class Measured:
                 if len(seconds) == steps:
                     break
         return seconds
+
+    def keep(self, path: Path) -> None:
+        """What was trained."""
+        torch.save({n: p.detach() for n, p in self._learned()}, path)
+
+    @torch.no_grad()
+    def take(self, path: Path) -> None:
+        """What another one of the same settings has kept."""
+        kept = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        for name, p in self._learned():
+            p.copy_(kept[name])
+
+    def _learned(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -199,9 +161,8 @@ class Measured:
         samples = []
         for row in {row.text: row for row, _ in self.rows["test"]}.values():
             prompt = self.tokenizer(f"{row.text} || ", return_tensors="pt").to(self.device)
-            out = self.model.generate(
-                **prompt, max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=self.pad
-            )
+            with greedily(self.model, max_new_tokens=_NEW_TOKENS, pad_token_id=self.pad) as config:
+                out = self.model.generate(**prompt, generation_config=config)
             answer = self.tokenizer.decode(
                 out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
             )
@@ -223,10 +184,9 @@ class Measured:
                 given = self.tokenizer(f"{row.text} || ", return_tensors="pt").to(self.device)
             start = time.perf_counter()
             if self.task == "e2e":
-                self.model.generate(
-                    **given, max_new_tokens=16, min_new_tokens=16, do_sample=False,
-                    pad_token_id=self.pad,
-                )  # fmt: skip
+                count = {"max_new_tokens": 16, "min_new_tokens": 16}
+                with greedily(self.model, **count, pad_token_id=self.pad) as config:
+                    self.model.generate(**given, generation_config=config)
             else:
                 self.model(**given)
             self._wait()
@@ -267,24 +227,30 @@ def run_method(settings: Settings, name: str) -> dict[str, Any]:
     """Everything about one method; runs in a process of its own."""
     counts = (settings.train_rows, settings.tune_rows, settings.test_rows)
     rows = load_rows(settings.task, Path(settings.data), counts, settings.seed)
-    causal = AutoModelForCausalLM.from_pretrained(settings.base, local_files_only=True)
+    causal = read_base(AutoModelForCausalLM, settings.base)
     head = causal.get_output_embeddings().weight.detach().clone()
     del causal
     before = _memory(reset=True)
     tried, best = [], None
-    for factor in FACTORS:
-        measured = Measured(settings, name, rows)
-        head = head.to(measured.device)
-        text_before = measured.text_loss(head) if best is None else best["text_before"]
-        rate = RATES[name] * factor
-        seconds = measured.train(rate)
-        tuned = measured.quality("tune")
-        loss = tuned["loss"] if math.isfinite(tuned["loss"]) else math.inf
-        tried.append({"rate": rate, **tuned})
-        if best is None or loss < best["tuned"]:
-            own = measured
-            best = {"tuned": loss, "rate": rate, "text_before": text_before, "seconds": seconds}
-        del measured
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "best.pt"
+        for factor in FACTORS:
+            measured = Measured(settings, name, rows)
+            head = head.to(measured.device)
+            text_before = measured.text_loss(head) if best is None else best["text_before"]
+            rate = RATES[name] * factor
+            seconds = measured.train(rate)
+            tuned = measured.quality("tune")
+            loss = tuned["loss"] if math.isfinite(tuned["loss"]) else math.inf
+            tried.append({"rate": rate, **tuned})
+            if best is None or loss < best["tuned"]:
+                measured.keep(kept)
+                best = {"tuned": loss, "rate": rate, "text_before": text_before, "seconds": seconds}
+            # One model at a time: a second one would be in the peak.
+            del measured
+            gc.collect()
+        own = Measured(settings, name, rows)
+        own.take(kept)
     result: dict[str, Any] = {"quality": own.quality("test"), "rate": best["rate"], "tried": tried}
     if settings.task == "e2e":
         result["quality"]["coverage"], result["samples"] = own.coverage()
@@ -324,8 +290,9 @@ def compare(
     """Measures every method of the task (or `methods`), writes compare.json and compare.html into
     `out` after each, and returns the content of compare.json.
 
-    What `out` has already from the same settings is kept. Raises InputError for what cannot be
-    read, an unknown method, and a process that ended without a result.
+    What `out` has already from the same settings and files is kept. Raises InputError for what
+    cannot be read, an unknown method, an `out` of other settings, and a process that ended without
+    a result.
     """
     from fusedpeft.evaluate.compare_report import write_page
 
@@ -348,9 +315,7 @@ def compare(
             f"compare --out: expected a folder, got {out} ({error.strerror}): name another"
         ) from error
     path = out / "compare.json"
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    if found.get("settings") != asdict(settings):
-        found = {"settings": asdict(settings), "methods": {}}
+    found = compare_state.read(path, compare_state.identity(settings))
     for number, name in enumerate(names, 1):
         if name in found["methods"]:
             console.print(f"{name}: kept")
@@ -364,7 +329,7 @@ def compare(
             except BrokenProcessPool as error:
                 raise InputError(f"compare {name}: its process was killed (memory?)") from error
         found["methods"][name] = result
-        path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, found)
         write_page(found, out / "compare.html")
         shown = ", ".join(f"{k} {v:.3f}" for k, v in result["quality"].items())
         console.print(f"{name}: {shown} in {time.monotonic() - start:.0f} s")

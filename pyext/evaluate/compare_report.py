@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fusedpeft.evaluate.figures import decimals
+from fusedpeft.files import write_text
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ def write_page(found: dict[str, Any], path: Path) -> Path:
         f"<title>{task} – fusedpeft compare</title><style>\n{style}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

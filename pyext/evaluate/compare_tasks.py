@@ -16,6 +16,10 @@ from fusedpeft.errors import InputError
 
 TASKS = ("nsmc", "e2e")
 _MOST_CHARS = 140  # of a review, NSMC's own limit
+# What reading rows of another form raises.
+_OTHER_ROWS = (
+    ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def load_rows(task: str, path: Path, counts: tuple[int, int, int], seed: int) ->
         groups = (_nsmc if task == "nsmc" else _e2e)(lines)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except _OTHER_ROWS as error:
         why = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: expected rows of {task} ({why})") from error
     random.Random(seed).shuffle(groups)

@@ -1,14 +1,14 @@
 """`report.html`: one self-contained page about a run, from the files in its folder.
 
-Reads results.json (needed), and where they are there config.yaml, samples.json and each stage's
-history.json. Every text that comes from a file is escaped; nothing is fetched when it is opened.
+Reads results.json (needed), and of the complete stages that it names samples.json and history.json
+where they are there. Every text that comes from a file is escaped; nothing is fetched when it is
+opened.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 from fusedpeft.errors import InputError
 from fusedpeft.evaluate.figures import Figure, decimals, duration, figures, signed
 from fusedpeft.evaluate.plots import Points, bar, line_chart, smooth
+from fusedpeft.files import write_text
 
 TITLES = {
     "base": "Base",
@@ -48,12 +49,13 @@ def write_report(run_dir: Path) -> Path:
             f"{run_dir / 'results.json'}: expected a run's results with 'stages': run the stages "
             f"first (fusedpeft run)"
         )
-    samples = _read(run_dir / "samples.json") or []
-    histories = {s: _read(run_dir / s / "history.json") or [] for s in ("sft", "reward", "pro")}
+    # What a stage has left that was removed or is under way again is not of these results.
+    told = "report" in (results.get("seconds") or {})
+    samples = (_read(run_dir / "samples.json") if told else None) or []
+    trained = [s for s in ("sft", "reward", "pro") if s in results["stages"]]
+    histories = {s: _read(run_dir / s / "history.json") or [] for s in trained}
     path = run_dir / "report.html"
-    temporary = run_dir / f".report.{os.getpid()}.tmp"
-    temporary.write_text(render(results, histories, samples), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, render(results, histories, samples))
     return path
 
 
@@ -82,7 +84,7 @@ def render(
             _aspects(results["stages"]),
             _curves(histories),
             _scores(results["stages"].get("evaluate") or {}),
-            _samples(samples),
+            _samples(samples, ["base", *results["stages"]]),
             _settings(results),
         )
     )
@@ -236,12 +238,12 @@ def _score(value: float | None, metric: str, n: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else decimals(value, 3)
 
 
-def _samples(samples: list[dict[str, Any]]) -> str:
+def _samples(samples: list[dict[str, Any]], there: list[str]) -> str:
     cards = ""
     for sample in samples:
         rewards = sample.get("rewards") or {}
         answers = ""
-        for model in MODELS:
+        for model in (m for m in MODELS if m in there):
             text = (sample.get("answers") or {}).get(model)
             if text is None:
                 continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import replace_file
 from fusedpeft.layers import adapterhub
 from fusedpeft.layers.attach import attach_to, check_new
 from fusedpeft.layers.config import (
@@ -68,27 +68,6 @@ _SUFFIXES = {
     ".lora_magnitude_vector": "lora_magnitude_vector",
     ".lora_magnitude_vector.weight": "lora_magnitude_vector",
 }
-
-
-def _replace_file(path: Path, content: bytes) -> None:
-    """Write beside, flush to the disk, rename: a reader sees the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _folder(what: str, given: object) -> Path:
@@ -151,8 +130,8 @@ def save_adapter(model: nn.Module, dir: str | Path, name: str = "default") -> Pa
     # The settings come last and mark the adapter complete: an old file that disagrees goes first.
     if config_path.is_file() and config_path.read_bytes() != text:
         config_path.unlink()
-    _replace_file(folder / weights_name, save(tensors, metadata={"format": "pt"}))
-    _replace_file(config_path, text)
+    replace_file(folder / weights_name, save(tensors, metadata={"format": "pt"}))
+    replace_file(config_path, text)
     return folder
 
 

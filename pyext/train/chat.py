@@ -2,14 +2,16 @@
 
 A tokenizer with a chat template says itself how a conversation is written. One without (a base
 model's) gets HH-RLHF's plain form, "\\n\\nHuman: …\\n\\nAssistant: …", begun and ended with the
-tokenizer's own tokens. Prompt and answer are tokenised apart, so that the prompt's tokens are the
-same in training, where an answer follows, and in generation, where it is yet to come.
+tokenizer's own tokens. The prompt's tokens are the same in training, where an answer follows, and
+in generation, where it is yet to come. The answer's are those after them in the whole text; where
+the two would melt into each other, those of the answer alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +68,17 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def _said(
+    tokenizer: PreTrainedTokenizerBase, start: str, asked: list[int], answer: str
+) -> list[int]:
+    """The ids of `answer` after `start`, whose ids are `asked`."""
+    # Not of the answer alone: SentencePiece would put another space before it.
+    whole = _ids(tokenizer, start + answer)
+    if whole[: len(asked)] == asked:
+        return whole[len(asked) :]
+    return _ids(tokenizer, answer)
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Messages) -> list[int]:
     """The ids up to where the assistant begins."""
     return _ids(tokenizer, _prompt_text(tokenizer, prompt))
@@ -85,10 +98,11 @@ def encode(
     A longer one raises InputError, or with `truncate` loses the prompt's beginning down to half of
     max_length, then the answer's end. An answer has at least one token (its end).
     """
-    asked = encode_prompt(tokenizer, prompt)
+    start_text = _prompt_text(tokenizer, prompt)
+    asked = _ids(tokenizer, start_text)
     found = []
     for answer in answers:
-        said = _ids(tokenizer, _answer_text(tokenizer, prompt, answer))
+        said = _said(tokenizer, start_text, asked, _answer_text(tokenizer, prompt, answer))
         total = len(asked) + len(said)
         start = asked
         if not said or not asked:
@@ -131,12 +145,8 @@ def continue_greedily(
     """The text after each sequence of ids, up to an end token. A sequence too long for the model
     and what is to come loses its beginning. The model's mode is left as it was."""
     limit = max_positions(model.config)
+    check_new_tokens(model.config, max_new_tokens)
     if limit is not None:
-        if max_new_tokens >= limit:
-            raise InputError(
-                f"max_new_tokens: expected less than the {limit} tokens the model takes, "
-                f"got {max_new_tokens}"
-            )
         sequences = [ids[-(limit - max_new_tokens) :] for ids in sequences]
     texts = [""] * len(sequences)
     was_training = model.training
@@ -149,6 +159,31 @@ def continue_greedily(
     finally:
         model.train(was_training)
     return texts
+
+
+def check_new_tokens(config, max_new_tokens: int, name: str = "max_new_tokens") -> None:
+    """Raises InputError where the model takes no prompt before so many tokens."""
+    limit = max_positions(config)
+    if limit is not None and max_new_tokens >= limit:
+        raise InputError(
+            f"{name}: expected less than the {limit} tokens the model takes, got {max_new_tokens}"
+        )
+
+
+@contextlib.contextmanager
+def greedily(model: PreTrainedModel, **settings: Any) -> Iterator[GenerationConfig]:
+    """A configuration of greedy decoding and `settings`, the model's own in the meantime: what a
+    base's generation_config.json says of penalties, bans and sampling would be mixed into it."""
+    own = model.generation_config
+    plain = GenerationConfig(
+        **{name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        | {"do_sample": False, **settings}
+    )
+    model.generation_config = plain
+    try:
+        yield plain
+    finally:
+        model.generation_config = own
 
 
 def _by_length(sequences: Sequence[list[int]], batch_size: int) -> Iterator[list[int]]:
@@ -172,14 +207,9 @@ def _generate(
         mask[row, width - len(prompt) :] = 1
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad or 0,
-        eos_token_id=sorted(ends) or None,
-    )
-    with torch.no_grad():
+    settings = {"pad_token_id": pad or 0, "eos_token_id": sorted(ends) or None}
+    with torch.no_grad(), greedily(model, max_new_tokens=max_new_tokens, **settings) as config:
         out = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
         )
     return [t.strip() for t in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -106,12 +107,13 @@ class Measure:
 
     def reward_accuracy(self, model: RewardModel, rows: Sequence[Row]) -> dict[str, float]:
         """Share of pairs whose chosen answer scores higher: {"overall", and each aspect that the
-        rows name}. A tie counts half."""
+        rows name}. A tie counts half; NaN where a score is not finite."""
         found = self.scores(model, rows, [[row["chosen"], row["rejected"]] for row in rows])
         right: dict[str, list[float]] = {"overall": []}
         for row, scores in zip(rows, found, strict=True):
             score = combine(scores, row["aspect"], model.trained)
             win = 0.5 if score[0] == score[1] else float(score[0] > score[1])
+            win = win if score.isfinite().all() else math.nan
             right["overall"].append(win)
             if row["aspect"] is not None:
                 right.setdefault(row["aspect"], []).append(win)
@@ -119,34 +121,43 @@ class Measure:
 
     def ranking_accuracy(self, model: PreTrainedModel, rows: Sequence[Row]) -> float | None:
         """Share of a list's ordered pairs whose better answer has the higher mean log-prob, mean
-        over the lists (Meng et al. 2024 for pairs); None where all rewards tie."""
+        over the lists (Meng et al. 2024 for pairs); None where all rewards tie, NaN where a
+        log-prob is not finite."""
         found = self.logprobs(model, rows, [row["responses"] for row in rows])
         shares = []
         for row, (logp, length) in zip(rows, found, strict=True):
             reward, mean = torch.tensor(row["rewards"]), logp / length
             better = reward[:, None] > reward[None, :]
             if better.any():
-                shares.append(float((mean[:, None] > mean[None, :])[better].double().mean()))
+                ahead = (mean[:, None] > mean[None, :])[better].double().mean()
+                shares.append(float(ahead) if mean.isfinite().all() else math.nan)
         return sum(shares) / len(shares) if shares else None
 
+    def spread(self, judge: RewardModel, rows: Sequence[Row]) -> Tensor:
+        """Each head's standard deviation [2] over the rows' responses, about the mean of those to
+        one prompt: the unit of `rewards`. 1 where the responses do not differ."""
+        found = self.scores(judge, rows, [row["responses"] for row in rows])
+        centred = torch.cat([s - s.mean(0) for s in found])
+        spread = centred.square().mean(0).sqrt()
+        rounding = 1e-5 * torch.cat(found).abs().mean(0)  # of fp32, from one batch to another
+        return spread.where(spread > rounding, 1.0)
+
     def rewards(
-        self, judge: RewardModel, rows: Sequence[Row], answers: Sequence[str]
+        self, judge: RewardModel, rows: Sequence[Row], answers: Sequence[str], spread: Tensor
     ) -> list[float]:
         """The judge's reward of one answer a row, against the row's own responses: 0 is as good as
         their mean, 1 is one standard deviation better.
 
         A reward is defined up to a constant a prompt, and each head has its own unit: so each is
-        centred on the responses to the prompt and divided by its spread over all rows, and only
-        then are helpfulness and safety added. A row with an aspect is judged by that head alone.
+        centred on the responses to the prompt and divided by its `spread`, and only then are
+        helpfulness and safety added. A row with an aspect is judged by that head alone.
         """
         scores = self.scores(
             judge, rows, [[*row["responses"], a] for row, a in zip(rows, answers, strict=True)]
         )
-        centred = [s - s[:-1].mean(0) for s in scores]
-        spread = torch.cat([c[:-1] for c in centred]).square().mean(0).sqrt()
         return [
-            float(combine(c[-1:] / spread.clamp(min=1e-9), row["aspect"], judge.trained)[0])
-            for row, c in zip(rows, centred, strict=True)
+            float(combine((s[-1:] - s[:-1].mean(0)) / spread, row["aspect"], judge.trained)[0])
+            for row, s in zip(rows, scores, strict=True)
         ]
 
 

@@ -1,5 +1,8 @@
 """The three objectives. They differ in what they take from a row and in the loss; the rest is one.
 
+A loss is a mean over answers' tokens or over prompts: as many as `count` finds in the batch, or as
+there are in the whole step where it is accumulated over several batches.
+
 A row becomes as many token sequences as it has answers; a batch of rows is one padded batch of all
 their sequences, so that the candidates of a prompt share one forward pass.
 """
@@ -31,25 +34,22 @@ class Example:
 
 
 class Sft:
-    """Negative log-likelihood of the answer's tokens, mean over the tokens of a whole step."""
-
-    counts_tokens = True
+    """Negative log-likelihood of the answer's tokens, mean over the tokens."""
 
     def answers(self, row: dict[str, Any]) -> tuple[list[str], dict[str, list[float]]]:
         return [row["response"]], {}
 
-    def loss(self, model: nn.Module, batch: Batch, tokens: Tensor | int | None = None) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
+        return (batch["labels"][:, 1:] != IGNORE).sum()
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | int | None = None) -> Tensor:
         logp = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-        if tokens is None:
-            tokens = (batch["labels"][:, 1:] != IGNORE).sum()
-        return -logp.sum() / tokens
+        return -logp.sum() / (self.count(batch) if count is None else count)
 
 
 class Reward:
     """`ops.ranking_loss` of the chosen over the rejected answer, by the head of the row's aspect;
-    a row without one trains them all alike."""
-
-    counts_tokens = False
+    a row without one trains them all alike. Mean over the rows."""
 
     def answers(self, row: dict[str, Any]) -> tuple[list[str], dict[str, list[float]]]:
         aspect = row["aspect"]
@@ -57,29 +57,40 @@ class Reward:
         values = {f"weight_{name}": [w, w] for name, w in zip(ASPECTS, weights, strict=True)}
         return [row["chosen"], row["rejected"]], {"rank": [0.0, 1.0], **values}
 
-    def loss(self, model: nn.Module, batch: Batch, tokens: Tensor | int | None = None) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
+        return _prompts(batch)
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | int | None = None) -> Tensor:
         scores = model(batch["input_ids"], batch["attention_mask"])
         weight = torch.stack([batch[f"weight_{name}"] for name in ASPECTS], 1)
         score = (scores * weight).sum(1)
-        return ranking_loss(score, batch["rank"], batch["group"])
+        loss = ranking_loss(score, batch["rank"], batch["group"])
+        return loss if count is None else loss * (self.count(batch) / count)
 
 
 @dataclass
 class Pro:
-    """`ops.pro_loss` over the candidates of a prompt."""
+    """`ops.pro_loss` over the candidates of a prompt, mean over the prompts."""
 
     sft_weight: float = 0.05
-    counts_tokens = False
 
     def answers(self, row: dict[str, Any]) -> tuple[list[str], dict[str, list[float]]]:
         return row["responses"], {"reward": row["rewards"]}
 
-    def loss(self, model: nn.Module, batch: Batch, tokens: Tensor | int | None = None) -> Tensor:
+    def count(self, batch: Batch) -> Tensor:
+        return _prompts(batch)
+
+    def loss(self, model: nn.Module, batch: Batch, count: Tensor | int | None = None) -> Tensor:
         logp = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
         length = (batch["labels"][:, 1:] != IGNORE).sum(1)
-        return pro_loss(
+        loss = pro_loss(
             logp.sum(1), length, batch["reward"], batch["group"], sft_weight=self.sft_weight
         )
+        return loss if count is None else loss * (self.count(batch) / count)
+
+
+def _prompts(batch: Batch) -> Tensor:
+    return batch["group"].max() + 1
 
 
 Objective = Sft | Reward | Pro

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from fusedpeft.errors import InputError
 from fusedpeft.train.chat import max_positions
@@ -67,9 +68,19 @@ class Trainer(transformers.Trainer):
             eval_dataset=examples[1],
             **kwargs,
         )
-        # Whether a step's loss is divided by all of its tokens, over accumulated batches too.
-        self.model_accepts_loss_kwargs = objective.counts_tokens
+        # A step's loss is divided by all of its tokens or prompts, over accumulated batches too.
+        self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """The batches of a step, and the objective's count over all of them and all ranks."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        count = torch.stack([self.objective.count(batch) for batch in batches]).sum()
+        return batches, self.accelerator.reduce(count.to(device), "sum")
 
     def compute_loss(
         self,
@@ -79,8 +90,8 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict]:
         loss = self.objective.loss(model, inputs, num_items_in_batch)
-        # Ranks average their gradients; a loss divided by the tokens of all of them must not be.
-        if self.objective.counts_tokens and num_items_in_batch is not None:
+        # Ranks average their gradients; a loss divided by the count of all of them must not be.
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
 
@@ -91,9 +102,23 @@ class Trainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.objective.loss(model, self._prepare_inputs(inputs))
+            loss = self.objective.loss(model, inputs)
+        count = self.objective.count(inputs)
+        self._held_out += torch.stack([loss * count, count]).cpu()
         return loss.detach(), None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As transformers', but the loss is the mean over all tokens or prompts, not of batches."""
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        mine = self._held_out.float().to(self.args.device)
+        total, count = self.accelerator.reduce(mine, "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Only what learns: the base is on disk already, and nothing here is a pickle to be read

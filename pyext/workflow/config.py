@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from fusedpeft.errors import InputError
-from fusedpeft.workflow.yaml_file import apply_override, expand, read_yaml
+from fusedpeft.evaluate.benchmarks import FILES
+from fusedpeft.workflow.yaml_file import apply_override, expand, read_yaml, set_value
 
 STAGES = ("sft", "reward", "pro", "evaluate", "report")
 TRAINED = STAGES[:3]
@@ -122,6 +123,10 @@ class Evaluate(Section):
     num_fewshot: int | None = Field(None, ge=0)
     batch_size: int = Field(8, ge=1)
 
+    def files(self) -> list[Path]:
+        """Those that its tasks read."""
+        return [self.data / name for task in self.tasks for name in FILES[task]]
+
 
 class Report(Section):
     """samples: held-out prompts whose answers the report shows side by side."""
@@ -165,14 +170,18 @@ class Config(Section):
 
 
 def load_config(
-    path: str | Path, overrides: list[str] | tuple[str, ...] = (), shorten: int | None = None
+    path: str | Path,
+    overrides: list[str] | tuple[str, ...] = (),
+    shorten: int | None = None,
+    evaluate_data: Path | None = None,
 ) -> Config:
     """Read, expand and check a configuration.
 
     overrides: "sft.learning_rate=1e-3", values as in YAML. `${NAME}` in a value is the
     environment's, `${NAME:-value}` has a default. Relative paths start at the YAML file's folder,
     `output` at the working directory. shorten: at most so many steps a training stage, and
-    measurements on few rows; the run's folder gets the suffix "-short".
+    measurements on few rows; the run's folder gets the suffix "-short". evaluate_data: the value of
+    evaluate.data, as it stands.
     Raises InputError for all that is wrong with the file; nothing is written.
     """
     path = Path(path)
@@ -180,6 +189,8 @@ def load_config(
     for override in overrides:
         apply_override(raw, override)
     raw = expand(raw, path)
+    if evaluate_data is not None:
+        set_value(raw, "evaluate.data", str(evaluate_data))
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -263,6 +274,11 @@ def _check_paths(config: Config, path: Path) -> None:
         raise InputError(
             f"{path}: evaluate.data: expected the folder with the files of "
             f"{', '.join(evaluate.tasks)}, got {evaluate.data}"
+        )
+    if evaluate and not evaluate.tasks and config.sft is None:
+        raise InputError(
+            f"{path}: evaluate: expected tasks ({', '.join(FILES)}), or a section sft whose "
+            f"held-out loss it measures, got neither"
         )
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import torch
 
+from fusedpeft.files import write_json
 from fusedpeft.train import generate_answers
 from fusedpeft.workflow.config import TRAINED
 from fusedpeft.workflow.stages import Run, once
-from fusedpeft.workflow.state import Stage, write_json
+from fusedpeft.workflow.state import Stage
 
 SAMPLES = "samples.json"
 
@@ -61,6 +62,11 @@ def report(run: Run, stage: Stage) -> dict:
     if source is not None:
         rows = run.rows[source].measured(section.samples)
         judge = run.judge() if source == "pro" else None
+        if judge is not None:
+            training = run.config.pro
+            measure = replace(run.measure(training), truncate=True)
+            # In the unit of PRO's mean reward, which is of these rows.
+            spread = measure.spread(judge, run.rows["pro"].measured(training.answers))
         samples = [{"prompt": _last_turn(row), "answers": {}, "rewards": {}} for row in rows]
         for name in models(run):
             answers = generate_answers(
@@ -71,8 +77,7 @@ def report(run: Run, stage: Stage) -> dict:
             )
             rewards = None
             if judge is not None:
-                measure = replace(run.measure(run.config.training(source)), truncate=True)
-                rewards = measure.rewards(judge, rows, answers)
+                rewards = measure.rewards(judge, rows, answers, spread)
             for i, sample in enumerate(samples):
                 sample["answers"][name] = answers[i]
                 if rewards is not None:

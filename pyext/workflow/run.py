@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import digest_file, digest_model, write_json, write_text
+from fusedpeft.train.chat import check_new_tokens
 from fusedpeft.train.objectives import Pro, Reward, Sft, encode_rows
 from fusedpeft.train.trainer import row_limit
 from fusedpeft.workflow import evaluation, stages
@@ -19,15 +21,8 @@ from fusedpeft.workflow.config import STAGES, TRAINED, Config, dump_config
 from fusedpeft.workflow.data import load_stages
 from fusedpeft.workflow.models import load_config, load_tokenizer, quiet
 from fusedpeft.workflow.stages import Run
-from fusedpeft.workflow.state import (
-    RESULT,
-    Stage,
-    digest_file,
-    digest_model,
-    locked,
-    write_atomic,
-    write_json,
-)
+from fusedpeft.workflow.state import RESULT, Stage, locked
+from fusedpeft.workflow.training import arguments
 
 _WORK: dict[str, Callable[[Run, Stage], dict]] = {
     "sft": stages.sft,
@@ -79,15 +74,17 @@ def run(
                     f"{name} needs the stage {earlier}, which is not complete in "
                     f"{config.run_dir}: run it first"
                 )
-    _check_rows(config, tokenizer, rows, [n for n in todo if n in TRAINED])
+    _check(config, tokenizer, rows, plan, todo)
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with locked(config.run_dir):
+        if "report" in again:
+            (config.run_dir / evaluation.SAMPLES).unlink(missing_ok=True)
         for name in reversed(list(plan)):
             if name in again:
                 plan[name].clear()
-        write_atomic(config.run_dir / "config.yaml", dump_config(config))
+        write_text(config.run_dir / "config.yaml", dump_config(config))
         this = Run(
             config, console, tokenizer, rows, {n: s for n, s in plan.items() if n != "report"}
         )
@@ -134,8 +131,10 @@ def _plan(config: Config) -> dict[str, Stage]:
                 "threads": config.threads,
                 "every_holdout": {n: section.holdout for n, section in sections.items()},
             }
+        read = config.evaluate.files() if name == "evaluate" else []
+        own = {str(path): digest_file(path) for path in read if path.is_file()}
         after = {n: plan[n].digest for n in _AFTER[name] if n in plan}
-        identity = {"settings": settings, "inputs": inputs, "after": after}
+        identity = {"settings": settings, "inputs": inputs | own, "after": after}
         plan[name] = Stage(config.run_dir, name, identity)
     return plan
 
@@ -149,13 +148,23 @@ def _again(plan: dict[str, Stage], wanted: Sequence[str]) -> set[str]:
     return found & set(plan)
 
 
-def _check_rows(config: Config, tokenizer, rows: dict, names: list[str]) -> None:
-    """Every row of every stage to come fits the model: not an hour later, in the third stage."""
+def _check(config: Config, tokenizer, rows: dict, plan: dict[str, Stage], names: list[str]) -> None:
+    """Every row and setting of every stage to come is fit for use: not an hour later, in the third
+    stage, is it told that one is not."""
     model_config = load_config(config.base)
+    answering = {"report": config.sft or config.pro, "pro": config.reward}
+    for name in (n for n, yes in answering.items() if yes and n in names):
+        most = getattr(config, name).max_new_tokens
+        check_new_tokens(model_config, most, f"{name}.max_new_tokens")
+    for file in config.evaluate.files() if "evaluate" in names else ():
+        if not file.is_file():
+            raise InputError(f"evaluate.data: there is no file {file}")
+    names = [n for n in names if n in TRAINED]
     if "pro" in names:
         stages.check_rewards(rows["pro"], judged=config.reward is not None)
     for name in names:
         section = config.training(name)
+        arguments(section, plan[name], config.seed)
         limit = row_limit(model_config, section.max_length)
         for part in (rows[name].train, rows[name].measured(section.max_eval_rows)):
             encode_rows(

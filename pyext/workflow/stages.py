@@ -10,13 +10,14 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import write_json
 from fusedpeft.layers import save_adapter, trainable_parameters
 from fusedpeft.train import Measure, Pro, Reward, RewardModel, Sft, generate_answers
 from fusedpeft.train.metrics import combine
 from fusedpeft.workflow.config import Config, Training
 from fusedpeft.workflow.data import Rows
 from fusedpeft.workflow.models import adapted, load_base
-from fusedpeft.workflow.state import Stage, read_json, write_json
+from fusedpeft.workflow.state import Stage, read_json
 from fusedpeft.workflow.training import make_trainer, require_finite, train
 
 
@@ -101,6 +102,7 @@ def reward(run: Run, stage: Stage) -> dict:
     before = once(stage, "before", accuracy)
     told = train(trainer, stage, seed, run.console)
     after = accuracy()
+    require_finite(stage, after)
     model.save(stage.adapter)
     return {"accuracy_before": before, "accuracy": after, **_counts(model, rows, held, told)}
 
@@ -118,6 +120,9 @@ def pro(run: Run, stage: Stage) -> dict:
     )
     stage.begin()
     measure = run.measure(section)
+    # An answer may be as long as it likes: what the judge does not take is cut.
+    judged = replace(measure, truncate=True)
+    spread = None if judge is None else judged.spread(judge, asked)
 
     def found() -> dict:
         values = {"ranking_accuracy": measure.ranking_accuracy(model, held)}
@@ -129,8 +134,7 @@ def pro(run: Run, stage: Stage) -> dict:
                 max_new_tokens=section.max_new_tokens,
                 batch_size=section.per_device_eval_batch_size,
             )
-            # An answer may be as long as it likes: what the judge does not take is cut.
-            rewards = replace(measure, truncate=True).rewards(judge, asked, answers)
+            rewards = judged.rewards(judge, asked, answers, spread)
             values["reward"] = sum(rewards) / len(rewards)
         return values
 

@@ -2,61 +2,25 @@
 
 A stage's folder holds `config.json` (its identity, written before anything else), then checkpoints
 and results, and last `result.json`: with it, and only with it, the stage is complete. Every file is
-replaced in one step, so a kill at any moment leaves the old one or the new one.
+replaced in one step (files.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
-import math
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import digest, write_json
 
 CONFIG, RESULT, HISTORY = "config.json", "result.json", "history.json"
 CHECKPOINTS, MARKER = "checkpoints", "complete.json"
 _RESULT_KEYS = {"result", "seconds", "peak_memory_bytes"}
-
-_WHOLE_FILE_BYTES = 256 << 20
-# What transformers reads of a model: .jinja is the chat template, .txt vocabularies and merges.
-_MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Numbers that are not finite become null: NaN is a word that no JSON reader has to know, and
-    the curve of a training that went astray must be writable."""
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> Any:
@@ -71,32 +35,6 @@ def read_json(path: Path) -> Any:
 
 def _damaged(path: Path, why: object) -> InputError:
     return InputError(f"{path} is damaged ({why}): start the stage again with --fresh")
-
-
-def digest(value: Any) -> str:
-    """Of a JSON value, whatever the order of its keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def digest_file(path: Path) -> str:
-    """Of the content; of a file above 256 MiB its size and both ends, for models are large."""
-    size = path.stat().st_size
-    sha = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size > _WHOLE_FILE_BYTES:
-            sha.update(file.read(_WHOLE_FILE_BYTES // 2))
-            file.seek(-_WHOLE_FILE_BYTES // 2, os.SEEK_END)
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()[:16]
-
-
-def digest_model(folder: Path) -> str:
-    """Of a model's configuration, tokenizer and weights."""
-    more = folder / "additional_chat_templates"
-    files = [p for p in (*folder.iterdir(), *more.glob("*")) if p.suffix in _MODEL_FILES]
-    return digest({str(p.relative_to(folder)): digest_file(p) for p in files})
 
 
 class Stage:

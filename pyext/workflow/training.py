@@ -14,15 +14,17 @@ from transformers import (
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
+    get_scheduler,
     set_seed,
 )
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import write_json
 from fusedpeft.train import Trainer
 from fusedpeft.workflow.config import Training
 from fusedpeft.workflow.data import Rows
 from fusedpeft.workflow.progress import ProgressBar
-from fusedpeft.workflow.state import HISTORY, MARKER, Stage, write_json
+from fusedpeft.workflow.state import HISTORY, MARKER, Stage
 
 # Names that go from the section to TrainingArguments as they are.
 _PASSED = (
@@ -57,9 +59,10 @@ class MarkComplete(TrainerCallback):
 
 
 def arguments(section: Training, stage: Stage, seed: int) -> TrainingArguments:
-    """Raises InputError for what only transformers can judge (the scheduler's name)."""
+    """Raises InputError for what only transformers can judge: the scheduler's name, and whether it
+    needs arguments that a configuration does not have."""
     try:
-        return TrainingArguments(
+        made = TrainingArguments(
             output_dir=str(stage.checkpoints),
             seed=seed,
             save_strategy="steps",
@@ -69,12 +72,23 @@ def arguments(section: Training, stage: Stage, seed: int) -> TrainingArguments:
             eval_steps=section.eval_steps,
             report_to="none",
             disable_tqdm=True,
+            # A loss that is not finite is logged as it is: the filter would write 0.
+            logging_nan_inf_filter=False,
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
             **{name: getattr(section, name) for name in _PASSED},
         )
     except ValueError as error:
         raise InputError(f"{stage.name}: {str(error).splitlines()[0]}") from error
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=section.learning_rate)
+    try:
+        get_scheduler(made.lr_scheduler_type, nothing, num_warmup_steps=0, num_training_steps=1)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{stage.name}: lr_scheduler_type: expected one that needs nothing but these settings, "
+            f"such as linear or cosine, got {section.lr_scheduler_type} ({error})"
+        ) from error
+    return made
 
 
 def make_trainer(
@@ -103,7 +117,8 @@ def make_trainer(
 def train(trainer: Trainer, stage: Stage, seed: int, console: Console) -> dict[str, float]:
     """Train from the last whole checkpoint, or from the start, to the end; writes history.json.
 
-    Returns {"train_seconds", "steps"}, of all attempts together.
+    Returns {"train_seconds", "steps"}, of all attempts together. Raises InputError where a trained
+    weight is not finite.
     """
     checkpoint, seconds = stage.last_checkpoint()
     if checkpoint is not None:
@@ -118,6 +133,8 @@ def train(trainer: Trainer, stage: Stage, seed: int, console: Console) -> dict[s
     finally:
         bar.close()
     write_json(stage.dir / HISTORY, trainer.state.log_history)
+    learned = ((n, p) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    require_finite(stage, {name: float(p.detach().abs().max()) for name, p in learned})
     return {"train_seconds": marker.seconds, "steps": trainer.state.global_step}
 
 

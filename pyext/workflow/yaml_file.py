@@ -56,6 +56,15 @@ def apply_override(raw: dict, override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals or not all(key.split(".")):
         raise InputError(f"--set: expected KEY=VALUE such as sft.max_steps=10, got {override!r}")
+    try:
+        value = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {key}: not valid YAML: {value!r}") from error
+    set_value(raw, key, value)
+
+
+def set_value(raw: dict, key: str, value: Any) -> None:
+    """Set one value in place; sections that are not there are made."""
     *parents, last = key.split(".")
     for parent in parents:
         if raw.get(parent) is None:
@@ -63,10 +72,7 @@ def apply_override(raw: dict, override: str) -> None:
         raw = raw[parent]
         if not isinstance(raw, dict):
             raise InputError(f"--set {key}: {parent!r} is a value, not a section")
-    try:
-        raw[last] = yaml.load(value, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"--set {key}: not valid YAML: {value!r}") from error
+    raw[last] = value
 
 
 def expand(value: Any, path: Path) -> Any:

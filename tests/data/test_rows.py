@@ -10,6 +10,7 @@ from fusedpeft.errors import InputError
 
 USER = {"role": "user", "content": "안녕?"}
 SAID = {"role": "assistant", "content": "네."}
+NO = {"role": "assistant", "content": "아니요."}
 HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 
 
@@ -30,6 +31,7 @@ def one(tmp_path, row, form, **kwargs):
         {"messages": [USER, SAID]},
         {"prompt": "안녕?", "completion": "네."},
         {"prompt": [USER], "completion": [SAID]},
+        {"prompt": "안녕?", "completion": [USER, SAID]},
         {"prompt": "안녕?", "chosen": "네.", "rejected": "아니요."},
     ],
 )
@@ -48,6 +50,8 @@ def test_only_the_last_turn_of_messages_is_the_answer(tmp_path):
         {"prompt": "안녕?", "chosen": "네.", "rejected": "아니요."},
         {"prompt": [USER], "chosen": [SAID], "rejected": "아니요."},
         {"chosen": [USER, SAID], "rejected": [USER, {**SAID, "content": "아니요."}]},
+        {"prompt": "안녕?", "chosen": [USER, SAID], "rejected": [USER, NO]},  # UltraFeedback
+        {"prompt": [USER], "chosen": [USER, SAID], "rejected": [NO]},
     ],
 )
 def test_pairs(tmp_path, row):
@@ -57,6 +61,8 @@ def test_pairs(tmp_path, row):
     assert (
         one(tmp_path, {**row, "aspect": "helpful"}, "pairs", aspect="safe")["aspect"] == "helpful"
     )
+    null = one(tmp_path, {**row, "aspect": None}, "pairs", aspect="safe")
+    assert null["aspect"] == "safe"
 
 
 def test_hh_text_is_split_where_the_answers_part(tmp_path):
@@ -84,18 +90,31 @@ def test_lists_in_both_forms(tmp_path):
     assert found["prompt"][-1]["content"] == "go" and found["rewards"] == [0.1, 0.2]
 
 
+def test_what_published_lists_have_stays(tmp_path):
+    row = {"prompt": "x", "responses": ["a", "a", ""], "rewards": [1, 1, 0], "score": 7}
+    assert one(tmp_path, row, "lists")["responses"] == ["a", "a", ""]
+    pair = {"prompt": "x", "chosen": "", "rejected": "a"}
+    assert one(tmp_path, pair, "pairs")["chosen"] == ""
+    same = {"prompt": "x", "chosen": "a", "rejected": "a"}
+    assert one(tmp_path, same, "sft")["response"] == "a"
+
+
 def test_json_and_gz_and_separators_inside_strings(tmp_path):
     rows = [{"prompt": "a\u2028b", "completion": str(i)} for i in range(3)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
         file.write("\n".join(json.dumps(r, ensure_ascii=False) for r in rows) + "\n\n")
-    for name in ("a.json", "a.jsonl.gz"):
+    (tmp_path / "B.JSONL.GZ").write_bytes((tmp_path / "a.jsonl.gz").read_bytes())
+    (tmp_path / "B.JSON").write_bytes((tmp_path / "a.json").read_bytes())
+    for name in ("a.json", "a.jsonl.gz", "B.JSON", "B.JSONL.GZ"):
         found = load_rows(tmp_path / name, "sft")
         assert [r["response"] for r in found] == ["0", "1", "2"]
         assert found[0]["prompt"][0]["content"] == "a\u2028b"
 
 
 GOOD = {"prompt": "a", "completion": "b"}
+LIST = {"prompt": "a", "responses": ["b", "c"]}
+PRO = {"prefix": [["<|prompter|>hi"]], "suffix": ["a", "b"]}
 
 
 @pytest.mark.parametrize(
@@ -113,12 +132,18 @@ GOOD = {"prompt": "a", "completion": "b"}
         ("sft", {"messages": [SAID]}, "expected a user's turn before the answer"),
         ("sft", {"prompt": " ", "completion": "b"}, "prompt: expected text or messages, got ' '"),
         ("sft", {"prompt": "a", "completion": 3}, "completion: expected text .*got 3"),
+        ("sft", {"prompt": "a", "completion": " "}, "expected an answer to learn, got ' ': leave"),
+        ("sft", {"messages": [USER, {**SAID, "content": ""}]}, "expected an answer to learn, got"),
+        ("pairs", {"prompt": "a", "chosen": [USER, SAID], "rejected": "b"}, "chosen: .* after the"),
         ("pairs", {"prompt": "a", "chosen": "b"}, "expected 'chosen' and 'rejected'"),
         ("pairs", {"chosen": "b", "rejected": "c"}, "chosen: expected a 'prompt' beside it"),
         ("pairs", {"chosen": [SAID], "rejected": [USER, SAID]}, "answer different prompts"),
         ("pairs", {**GOOD, "chosen": "b", "rejected": "c", "aspect": "nice"}, "aspect: expected h"),
         ("lists", {"prompt": "a", "responses": ["b"]}, "responses: expected a list of at least 2"),
         ("lists", {"prompt": "a"}, "expected 'prompt' and 'responses'"),
+        ("lists", {**LIST, "scores": [1, 2]}, "field 'scores': expected each .* in 'rewards'"),
+        ("lists", {**LIST, "rewards": None, "reward": [1, 2]}, "unknown field 'reward': expected"),
+        ("lists", {**PRO, "rewards": [1, 2]}, "field 'rewards': expected each .* in 'reward'"),
         (
             "lists",
             {"prompt": "a", "responses": ["b", "c"], "rewards": [1]},
@@ -165,6 +190,8 @@ def test_bad_files(tmp_path):
         "cut.jsonl.gz": (gzip.compress(b"{}" * 99)[:20], "cannot be read"),
         "plain.jsonl.gz": (b"{}", "cannot be read"),
         "object.json": (b"{}", "expected a list of rows"),
+        "deep.jsonl": (b"[" * 10**5 + b"]" * 10**5, r"row 1: not valid JSON \(nested too deeply\)"),
+        "deep.json": (b"[" * 10**5 + b"]" * 10**5, r"deep.json: not valid JSON \(nested"),
     }
     for name, (content, message) in cases.items():
         if content is not None:
@@ -189,3 +216,17 @@ def test_real_preference_data(shared_data):
     for name, count in (("harmless", 2312), ("helpful", 2354)):
         lists = load_rows(hh / f"pro_hh_test_{name}_base.jsonl.gz", "lists")
         assert len(lists) == count and all(len(row["rewards"]) == 2 for row in lists)
+
+
+def test_pairs_of_one_answer_are_left_out_and_counted(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    same = {"prompt": "a", "chosen": "b", "rejected": "b"}
+    dialogues = {"chosen": [USER, SAID], "rejected": [USER, SAID]}
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path.write_text("\n".join(map(json.dumps, [same, good, dialogues])))
+    with pytest.warns(UserWarning, match=r"left out 2 of 3 pairs, .* the same \(row 1, 3\)"):
+        rows = load_rows(path, "pairs")
+    assert [row["where"] for row in rows] == [f"{path} row 2"]
+    path.write_text(json.dumps(same))
+    with pytest.warns(UserWarning), pytest.raises(InputError, match="expected rows, found none"):
+        load_rows(path, "pairs")

@@ -110,6 +110,7 @@ def test_a_line_separator_inside_a_question_is_no_end_of_line(mmlu):
     "line",
     [
         "{not json",
+        "[" * 10**5,
         "[1, 2]",
         "7",
         "",

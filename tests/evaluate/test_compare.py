@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import transformers
 import fusedpeft as fp
 from fusedpeft.errors import InputError
 from fusedpeft.evaluate import compare as module
-from fusedpeft.evaluate.compare import Measured, Settings, adapt, compare, methods_of
+from fusedpeft.evaluate import compare_state
+from fusedpeft.evaluate.compare import Measured, Settings, adapt, compare, load_model, methods_of
 from fusedpeft.evaluate.compare_report import write_page
 from fusedpeft.evaluate.compare_tasks import load_rows
 
@@ -93,6 +95,9 @@ def test_bad_rows(tmp_path):
         (tmp_path / "bad").write_text(json.dumps(row))
         with pytest.raises(InputError, match=r"bad: expected rows of nsmc \((Value|Attribute)Err"):
             load_rows("nsmc", tmp_path / "bad", (8, 4, 8), 0)
+    (tmp_path / "deep").write_text("[" * 10**5)
+    with pytest.raises(InputError, match=r"deep: expected rows of nsmc \(RecursionError"):
+        load_rows("nsmc", tmp_path / "deep", (8, 4, 8), 0)
 
 
 def test_blank_lines_are_skipped(tmp_path):
@@ -152,17 +157,92 @@ def test_goes_on_where_it_was_cut_off(tmp_path, monkeypatch):
         "text_before": None, "text_after": None,
     }  # fmt: skip
     out.mkdir()
-    kept = {"settings": vars(made), "methods": {"LoRA": result}}
+    kept = {"settings": compare_state.identity(made), "methods": {"LoRA": result}}
     (out / "compare.json").write_text(json.dumps(kept))
     assert compare(made, out, ["LoRA"])["methods"] == {"LoRA": result}
-    other = Settings(**{**vars(made), "seed": 1})
-    found = compare(other, out, ["prompt"])  # in a process of its own
-    assert list(found["methods"]) == ["prompt"] and found["settings"]["seed"] == 1
-    assert (out / "compare.html").is_file()
+    found = compare(made, out, ["prompt"])  # in a process of its own
+    assert list(found["methods"]) == ["LoRA", "prompt"]
+    assert json.loads((out / "compare.json").read_text()) == found
+    assert {p.name for p in out.iterdir()} == {"compare.json", "compare.html"}
     with pytest.raises(InputError, match="--method: expected one of feature-based, .* got 'IA3'"):
         compare(made, out, ["IA3"])
     with pytest.raises(InputError, match="BASE: expected a folder with a model"):
         compare(Settings(**{**vars(made), "base": str(tmp_path)}), out)
+
+
+def test_results_of_other_settings_and_files_stay(tmp_path):
+    data, out = reviews(tmp_path / "r.jsonl.gz"), tmp_path / "out"
+    made = settings("nsmc", data)
+    out.mkdir()
+    text = json.dumps({"settings": compare_state.identity(made), "methods": {"LoRA": {}}})
+    (out / "compare.json").write_text(text)
+    other = Settings(**{**vars(made), "seed": 1, "steps": 3})
+    line = r"compare --out: .*out holds results of steps 2 \(now 3\), seed 0 \(now 1\): name ano"
+    with pytest.raises(InputError, match=line):
+        compare(other, out, ["prompt"])
+    reviews(data, 44)
+    with pytest.raises(InputError, match="out holds results of another data: name another folder"):
+        compare(made, out, ["LoRA"])
+    assert (out / "compare.json").read_text() == text
+    for damage in (text[:-9], "[]", '{"settings": {}}', "[" * 10**5):
+        (out / "compare.json").write_text(damage)
+        with pytest.raises(InputError, match="compare.json is damaged .*: remove it or name") as e:
+            compare(made, out, ["LoRA"])
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("task", ["nsmc", "e2e"])
+def test_a_base_without_weights_is_one_line(tmp_path, task):
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((BASE / name).read_bytes())
+    data = {"nsmc": reviews, "e2e": facts}[task](tmp_path / ("r.gz" if task == "nsmc" else "f"))
+    made = Settings(**{**vars(settings(task, data)), "base": str(base)})
+    for damage in (None, b"half"):
+        if damage:
+            (base / "model.safetensors").write_bytes(damage)
+        for read in (load_model, lambda made: module.run_method(made, "LoRA")):
+            with pytest.raises(InputError, match="BASE: .*base: no model can be read") as error:
+                read(made)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "feature-based", "full"])
+def test_one_model_at_a_time_and_the_best_one_is_measured(tmp_path, monkeypatch, name):
+    """Another one beside it would be in the peak of memory."""
+    alive, tested = weakref.WeakSet(), []
+
+    class Watched(Measured):
+        def __init__(self, *args):
+            assert not alive, "the model of the rate before is still there"
+            super().__init__(*args)
+            alive.add(self.model)
+
+        def quality(self, part):
+            found = super().quality(part)
+            tested.append((part, super().quality("test")))
+            return found
+
+    monkeypatch.setattr(module, "Measured", Watched)
+    monkeypatch.setattr(module, "FACTORS", (1e-3, 3.0, 1e-2))
+    made = settings("nsmc", reviews(tmp_path / "r.jsonl.gz"))
+    made = Settings(**{**vars(made), "steps": 8})
+    result = module.run_method(made, name)
+    losses = [t["loss"] for t in result["tried"]]
+    best = losses.index(min(losses))
+    assert result["rate"] == result["tried"][best]["rate"]
+    assert [part for part, _ in tested] == ["tune"] * 3 + ["test"]
+    assert result["quality"] == tested[best][1] and len(set(losses)) == 3
+
+
+def test_answers_are_greedy_whatever_the_base_says(tmp_path):
+    made = settings("e2e", facts(tmp_path / "f"))
+    measured = Measured(made, "LoRA", rows_of(made))
+    measured.train(1e-2)
+    want = measured.coverage()
+    measured.model.generation_config.repetition_penalty = 9.0
+    assert measured.coverage() == want
 
 
 def test_the_published_counts():

@@ -234,19 +234,38 @@ def test_figures_come_in_the_order_of_the_stages():
 
 
 def test_write_report(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    results = copy.deepcopy(RESULTS)
+    results["seconds"]["report"] = 3.0
+    (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "samples.json").write_text(json.dumps(SAMPLES))
     (tmp_path / "sft").mkdir()
     (tmp_path / "sft" / "history.json").write_text(json.dumps(HISTORY))
     path = write_report(tmp_path)
     assert path == tmp_path / "report.html"
-    assert path.read_text() == render(RESULTS, {"sft": HISTORY, "reward": [], "pro": []}, SAMPLES)
+    assert path.read_text() == render(results, {"sft": HISTORY, "reward": [], "pro": []}, SAMPLES)
     path.write_text("old")
     write_report(tmp_path)
     assert path.read_text() != "old"
     assert {p.name for p in tmp_path.iterdir()} == {
         "results.json", "samples.json", "sft", "report.html",
     }  # fmt: skip
+
+
+def test_nothing_is_shown_of_stages_that_are_not_in_the_results(tmp_path):
+    """Their files are of stages that were removed, or are under way again."""
+    results = copy.deepcopy(RESULTS)
+    del results["stages"]["pro"]
+    (tmp_path / "samples.json").write_text(json.dumps(SAMPLES))
+    for stage in ("sft", "pro"):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "history.json").write_text(json.dumps(HISTORY))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = write_report(tmp_path).read_text()
+    assert "SFT: loss" in text and "PRO: loss" not in text and "In Busan." not in text
+    results["seconds"]["report"] = 3.0
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    text = write_report(tmp_path).read_text()
+    assert "In Busan." in text and "Anything else?" not in text
 
 
 def test_bad_folders_are_told_and_leave_no_report(tmp_path):
@@ -258,7 +277,7 @@ def test_bad_folders_are_told_and_leave_no_report(tmp_path):
     (tmp_path / "results.json").write_text('{"stages": {')
     with pytest.raises(InputError, match="results.json: expected JSON .*: run its stage again"):
         write_report(tmp_path)
-    (tmp_path / "results.json").write_text(json.dumps(RESULTS))
+    (tmp_path / "results.json").write_text(json.dumps({**RESULTS, "seconds": {"report": 1.0}}))
     (tmp_path / "samples.json").write_bytes(b"\xff")
     with pytest.raises(InputError, match="samples.json: expected JSON"):
         write_report(tmp_path)

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, trainers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fusedpeft.errors import InputError
 from fusedpeft.train.chat import encode, encode_prompt, generate_answers
@@ -36,6 +38,30 @@ def test_without_a_template(plain):
     asked = "<|system|>\n\nHuman: hello 안녕\n\nAssistant: no\n\nHuman: why\n\nAssistant:"
     assert text(plain, tokens.ids) == asked + " yes<|end|>"
     assert text(plain, tokens.ids[: tokens.prompt_length]) == asked
+
+
+def test_no_second_space_from_a_tokenizer_that_sets_one_before_a_text():
+    """SentencePiece's prefix space, as Llama's tokenizers have it."""
+    model = Tokenizer(models.BPE(unk_token="<unk>"))
+    model.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list("HumanAssistant:\n"),
+        show_progress=False,
+    )
+    model.train_from_iterator(["hello", "yes"], trainer)
+    spaced = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    prompt = [{"role": "user", "content": "hello"}]
+    (tokens,) = encode(spaced, prompt, ["yes"], max_length=None, truncate=False)
+    asked, said = tokens.ids[: tokens.prompt_length], tokens.ids[tokens.prompt_length :]
+    assert asked == encode_prompt(spaced, prompt)
+    whole = "<s>\n\nHuman: hello\n\nAssistant: yes</s>"
+    assert tokens.ids == spaced(whole, add_special_tokens=False)["input_ids"]
+    assert "".join(spaced.convert_ids_to_tokens(said)) == "▁yes</s>"
 
 
 def test_a_template_that_rewrites_the_past_ends_answers_with_the_end_token(tokenizer):
@@ -86,6 +112,25 @@ def test_greedy_answers_do_not_depend_on_the_batch(tokenizer, make_model):
             break
     start = len(encode_prompt(tokenizer, prompts[0]))
     assert alone[0] == tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+def test_greedy_is_greedy_whatever_the_base_says(tokenizer, make_model):
+    model = make_model()
+    prompts = [[{"role": "user", "content": "hello " * n}] for n in (1, 4)]
+    want = generate_answers(model, tokenizer, prompts, max_new_tokens=12)
+    first = tokenizer(want[0], add_special_tokens=False)["input_ids"][0]
+    for setting in (
+        {"repetition_penalty": 50.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [first]},
+        {"forced_eos_token_id": first},
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 3},
+    ):
+        own = GenerationConfig(eos_token_id=tokenizer.eos_token_id, **setting)
+        model.generation_config = own
+        assert generate_answers(model, tokenizer, prompts, max_new_tokens=12) == want, setting
+        assert model.generation_config is own
 
 
 def test_answers_longer_than_the_model_takes(tokenizer, make_model):

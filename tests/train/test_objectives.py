@@ -1,5 +1,7 @@
 """Each objective's loss against a loop over single sequences of the plain model."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +14,12 @@ from transformers import (
 )
 
 from fusedpeft import ops
+from fusedpeft.data.rows import ASPECTS
 from fusedpeft.errors import InputError
 from fusedpeft.layers import LoRA, attach
 from fusedpeft.train import Measure, Pro, Reward, RewardModel, Sft, TokenLogprobs, Trainer
 from fusedpeft.train.chat import encode
+from fusedpeft.train.metrics import combine
 from fusedpeft.train.objectives import collator, encode_rows, pad
 
 
@@ -132,25 +136,57 @@ def test_training_improves_what_is_measured(tmp_path, tokenizer, make_model, lis
             assert torch.equal(value, frozen[key]), key
 
 
-def test_accumulated_steps_equal_one_large_batch(tmp_path, tokenizer, make_model, lists):
-    """Of rows with different numbers of tokens: a mean of means would differ."""
-    rows = [{"prompt": r["prompt"], "response": r["responses"][i % 2] * (1 + i)} for i, r in
-            enumerate(lists[:4])]  # fmt: skip
+def all_three(lists, pairs):
+    sft = [
+        {"prompt": r["prompt"], "response": r["responses"][i % 2] * (1 + i)}
+        for i, r in enumerate(lists)
+    ]
+    return {"sft": (Sft(), sft), "reward": (Reward(), pairs), "pro": (Pro(), lists)}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "pro"])
+@pytest.mark.parametrize("splits", [((4, 1), (1, 4)), ((3, 1), (2, 2))])  # the second: 2 + 1
+def test_accumulated_steps_equal_one_large_batch(
+    tmp_path, tokenizer, make_model, lists, pairs, name, splits
+):
+    """Of rows with different numbers of tokens, and batches of different numbers of rows: a mean of
+    means would differ."""
+    objective, rows = all_three(lists, pairs)[name]
     weights = []
-    for size, steps in ((4, 1), (1, 4)):
+    for size, steps in splits:
         model = attach(make_model(), LoRA(rank=4))
         torch.manual_seed(1)
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
+            for key, p in model.named_parameters():
+                if "lora_B" in key:
                     p.normal_(std=0.1)
+        module = RewardModel(model) if name == "reward" else model
         train(
-            tmp_path, model, tokenizer, Sft(), rows, max_steps=1, per_device_train_batch_size=size,
-            gradient_accumulation_steps=steps, optim="sgd",
+            tmp_path, module, tokenizer, objective, rows[: splits[0][0]], max_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, optim="sgd",
+            learning_rate=1.0, max_grad_norm=0.0,
         )  # fmt: skip
-        weights.append([p.detach() for p in model.parameters() if p.requires_grad])
+        weights.append([p.detach() for p in module.parameters() if p.requires_grad])
     for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "pro"])
+def test_the_held_out_loss_is_a_mean_over_all(tmp_path, tokenizer, make_model, lists, pairs, name):
+    """Not of batches, of which the last is short and each has its own number of tokens."""
+    objective, rows = all_three(lists, pairs)[name]
+    model = RewardModel(make_model()) if name == "reward" else make_model()
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=3,
+        disable_tqdm=True,
+    )  # fmt: skip
+    got = Trainer(model, tokenizer, objective, rows[:1], rows[:7], args).evaluate()["eval_loss"]
+    module = model if name == "reward" else TokenLogprobs(model)
+    with torch.no_grad():
+        want = objective.loss(module, batch_of(objective, tokenizer, rows[:7])).item()
+    assert got == pytest.approx(want, 1e-5)
+    if name == "sft":
+        assert got == pytest.approx(Measure(tokenizer).sft_loss(model, rows[:7]), 1e-5)
 
 
 def test_resumed_training_equals_the_uninterrupted(tmp_path, tokenizer, make_model, lists):
@@ -204,17 +240,46 @@ def test_the_reward_model_comes_back_whole(tmp_path, tokenizer, make_model, pair
 
 
 def test_rewards_of_answers_are_relative_to_the_responses(tokenizer, make_model, lists):
+    measure = Measure(tokenizer)
+
+    def rewards(judge, answers, rows=lists):
+        return measure.rewards(judge, rows, answers, measure.spread(judge, lists))
+
     judge = RewardModel(make_model())
     best = [row["responses"][0] for row in lists]
-    got = Measure(tokenizer).rewards(judge, lists, best)
+    got = rewards(judge, best)
     shifted = RewardModel(make_model())
     with torch.no_grad():  # another unit for one head changes nothing
         shifted.heads.weight.copy_(judge.heads.weight * torch.tensor([[3.0], [0.5]]))
-    assert Measure(tokenizer).rewards(shifted, lists, best) == pytest.approx(got, abs=1e-4)
-    mean = [Measure(tokenizer).rewards(judge, lists, [r["responses"][i % len(r["responses"])]
-            for r in lists]) for i in range(2)]  # fmt: skip
+    assert rewards(shifted, best) == pytest.approx(got, abs=1e-4)
+    mean = [rewards(judge, [r["responses"][i % len(r["responses"])] for r in lists])
+            for i in range(2)]  # fmt: skip
     two = [i for i, r in enumerate(lists) if len(r["responses"]) == 2]
     assert sum(mean[0][i] + mean[1][i] for i in two) == pytest.approx(0, abs=1e-5)
+    # A few of the rows are measured in the same unit as all of them.
+    assert rewards(judge, best[:3], lists[:3]) == pytest.approx(got[:3], abs=1e-4)
+
+
+def test_rewards_where_the_responses_do_not_differ(tokenizer, make_model, lists):
+    judge, measure = RewardModel(make_model()), Measure(tokenizer, batch_size=2)
+    rows = [{**row, "responses": ["yes"] * 3} for row in lists[:3]]
+    spread = measure.spread(judge, rows)
+    assert spread.tolist() == [1.0, 1.0]
+    answers = ["no", "maybe", "please"]
+    got = measure.rewards(judge, rows, answers, spread)
+    scores = measure.scores(judge, rows, [["yes", a] for a in answers])
+    want = [combine(s[1:] - s[:1], r["aspect"], ASPECTS) for r, s in zip(rows, scores, strict=True)]
+    assert got == pytest.approx([float(w) for w in want], abs=1e-4)
+
+
+def test_measures_of_a_broken_model_are_not_finite(tokenizer, make_model, lists, pairs):
+    """Comparisons with NaN are all false: that is no accuracy of 0."""
+    model, measure = make_model(), Measure(tokenizer)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    assert math.isnan(measure.ranking_accuracy(model, lists))
+    found = measure.reward_accuracy(RewardModel(model), pairs)
+    assert len(found) == 3 and all(math.isnan(value) for value in found.values())
 
 
 def test_measuring_changes_nothing(tokenizer, make_model, lists):

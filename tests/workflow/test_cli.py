@@ -1,5 +1,6 @@
 """The command line: every command's help, one-line errors with exit code 2, answers."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import transformers
+from safetensors import SafetensorError
 
 from fusedpeft import cli
 
@@ -68,6 +70,39 @@ def truncated(folder, name):
     data = (copy / name).read_bytes()
     (copy / name).write_bytes(data[: len(data) // 2])
     return copy
+
+
+@pytest.mark.parametrize("name", ["a: b", "한글 #1", "[x", "${HOME}", "'"])
+def test_the_folder_of_an_evaluation_is_taken_as_it_stands(call, write_config, tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = write_config(sft=None, reward=None, pro=None, evaluate={"tasks": ["mmlu"]})
+    code, _, err = call("evaluate", path, "--data", folder)
+    assert code == 2 and err == f"error: evaluate.data: there is no file {folder}/mmlu/dev.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (SafetensorError("Error while deserializing header: HeaderTooLarge"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_full_disk_is_one_line(call, write_config, monkeypatch, error, full):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("fusedpeft.workflow.run.run", fail)
+    if full:
+        code, _, err = call("run", write_config())
+        assert code == 2 and err.count("\n") == 1 and "is the disk full?" in err
+    else:
+        with pytest.raises(type(error)):
+            call("run", write_config())
 
 
 def test_bad_input_is_one_line_and_writes_nothing(call, write_config, tmp_path, base, data):

@@ -302,8 +302,10 @@ def test_missing_files_are_named(refuse, old, new, line):
     assert re.match(line, found), found
 
 
-def test_an_evaluation_without_tasks_needs_no_data(load):
+def test_an_evaluation_without_tasks_needs_no_data(load, refuse):
     assert load(GOOD + "evaluate: {}\n").evaluate.tasks == []
+    line = refuse(GOOD + "evaluate: {}\n", ["sft="])
+    assert line.startswith("evaluate: expected tasks (mmlu, hellaswag), or a section sft")
 
 
 def test_a_stage_without_a_section(load):

@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fusedpeft.errors import InputError
+from fusedpeft.train import Measure
 from fusedpeft.workflow.config import load_config
 from fusedpeft.workflow.run import run
 
@@ -29,9 +30,12 @@ def quiet():
     return Console(file=open("/dev/null", "w"))
 
 
-def test_everything_and_then_nothing_to_do(write_config, tmp_path, quiet, base):
+def test_everything_and_then_nothing_to_do(write_config, tmp_path, quiet, base, monkeypatch):
     config = load_config(write_config())
+    units, rewards = [], Measure.rewards
+    monkeypatch.setattr(Measure, "rewards", lambda *args: units.append(args[-1]) or rewards(*args))
     results = run(config, console=quiet)
+    assert len(units) == 5 and all(torch.equal(unit, units[0]) for unit in units)
     out = tmp_path / "run"
     assert json.loads((out / "results.json").read_text("utf-8")) == results
     stages = results["stages"]
@@ -60,6 +64,57 @@ def test_everything_and_then_nothing_to_do(write_config, tmp_path, quiet, base):
         adapted = PeftModel.from_pretrained(model, out / stage / "adapter")
         assert not torch.equal(adapted(ids).logits, plain)
         model = adapted.unload()
+
+    # Begun again, nothing of the stages after it is shown any more.
+    results = run(config, ["sft"], fresh=True, console=quiet)
+    assert set(results["stages"]) == {"sft"} and not (out / "samples.json").exists()
+    page = (out / "report.html").read_text("utf-8")
+    assert "SFT: loss" in page and "PRO: loss" not in page and "side by side" not in page
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "pro"])
+def test_a_training_that_went_astray_is_no_result(write_config, sections, tmp_path, quiet, stage):
+    astray = {**sections[stage], "learning_rate": 1e30, "max_steps": 3, "logging_steps": 1}
+    sections = dict.fromkeys(("sft", "reward", "pro")) | {stage: astray}
+    with pytest.raises(InputError, match=f"{stage}: .* is nan after training: .*lower learning_ra"):
+        run(load_config(write_config(**sections)), [stage], console=quiet)
+    folder = tmp_path / "run" / stage
+    assert not (folder / "result.json").exists() and not (folder / "adapter").exists()
+    history = json.loads((folder / "history.json").read_text())
+    assert [entry["loss"] for entry in history if "loss" in entry][-1] is None  # and not 0
+
+
+@pytest.mark.parametrize("scores", ["accuracy", "ranking_accuracy"])
+def test_scores_that_are_not_finite_are_no_result(
+    write_config, tmp_path, quiet, monkeypatch, scores
+):
+    broken = {"overall": float("nan")} if scores == "accuracy" else float("nan")
+    method = "reward_accuracy" if scores == "accuracy" else scores
+    monkeypatch.setattr(Measure, method, lambda *args: broken)
+    stage = "reward" if scores == "accuracy" else "pro"
+    left_out = {"sft": None, {"reward": "pro", "pro": "reward"}[stage]: None}
+    with pytest.raises(InputError, match=f"{stage}: (overall|ranking_accuracy) is nan after train"):
+        run(load_config(write_config(**left_out), [f"{stage}.max_steps=1"]), console=quiet)
+    assert not (tmp_path / "run" / stage / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("pro.lr_scheduler_type=wavy", "pro: .*wavy"),
+        ("pro.lr_scheduler_type=cosine_with_min_lr", "pro: lr_scheduler_type: .*, got cosine_with"),
+        ("reward.lr_scheduler_type=warmup_stable_decay", "reward: lr_scheduler_type: .*num_decay"),
+        ("pro.max_new_tokens=64", "pro.max_new_tokens: expected less than the 64 tokens"),
+        ("report.max_new_tokens=64", "report.max_new_tokens: expected less than the 64 tokens"),
+        ("evaluate={tasks: [mmlu], data: .}", "evaluate.data: there is no file .*mmlu/dev.jsonl"),
+    ],
+)
+def test_what_a_later_stage_cannot_use_is_told_first(
+    write_config, tmp_path, quiet, setting, message
+):
+    with pytest.raises(InputError, match=message):
+        run(load_config(write_config(), [setting]), console=quiet)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_same_configuration_gives_the_same_weights(write_config, tmp_path, quiet):
@@ -138,6 +193,10 @@ def test_evaluation_compares_the_models(write_config, tmp_path, quiet):
     assert scores["base"]["eval_loss"] == pytest.approx(
         results["stages"]["sft"]["eval_loss_before"]
     )
+    # Other questions under the same name are another evaluation.
+    (folder / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(task.encode() * 2))
+    with pytest.raises(InputError, match="evaluate was made with another .*hellaswag_val_full"):
+        run(load_config(write_config(evaluate=evaluate)), console=quiet)
 
 
 def test_held_out_prompts_are_trained_on_in_no_stage(write_config, data):

@@ -2,15 +2,15 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
 import pytest
 
 from fusedpeft.errors import InputError
+from fusedpeft.files import write_json
 from fusedpeft.workflow import state
-from fusedpeft.workflow.state import Stage, locked, read_json, write_atomic, write_json
+from fusedpeft.workflow.state import Stage, locked, read_json
 
 IDENTITY = {
     "settings": {"learning_rate": 0.001, "seed": 0, "max_steps": 9},
@@ -21,49 +21,6 @@ IDENTITY = {
 
 def changed(**parts):
     return {part: values | parts.get(part, {}) for part, values in IDENTITY.items()}
-
-
-def test_write_atomic_replaces_and_leaves_nothing_beside(tmp_path):
-    path = tmp_path / "deep" / "er" / "x.json"
-    write_atomic(path, "하나\n")
-    write_atomic(path, "둘\n")
-    assert path.read_text(encoding="utf-8") == "둘\n" and list(path.parent.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fails):
-    path = tmp_path / "x.json"
-    write_atomic(path, "old")
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(state.os, fails, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomic(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from fusedpeft.workflow import state
-path = Path(sys.argv[1])
-state.write_atomic(path, "old")
-getattr(state.os, sys.argv[2])
-setattr(state.os, sys.argv[2], lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-state.write_atomic(path, "new" * 100_000)
-"""
-
-
-@pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path, at):
-    path = tmp_path / "x.json"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), at])
-    assert done.returncode == -signal.SIGKILL
-    assert path.read_text() == "old"
-    write_atomic(path, "newer")
-    assert path.read_text() == "newer"
 
 
 def test_json_both_ways(tmp_path):
@@ -105,54 +62,6 @@ def test_a_configuration_of_another_form_is_damaged(tmp_path, found):
     write_json(stage.dir / "config.json", found)
     with pytest.raises(InputError, match="config.json is damaged .expected settings, inputs and"):
         stage.check()
-
-
-def test_digest_is_of_the_value_not_of_its_order():
-    assert state.digest({"a": 1, "b": [2]}) == state.digest({"b": [2], "a": 1})
-    found = {state.digest(v) for v in ({"a": 1}, {"a": 2}, {"b": 1}, {"a": [1]}, {"a": "1"}, None)}
-    assert len(found) == 6
-
-
-def test_digest_of_a_file_is_of_its_content(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"x" * 3_000_000)
-    two.write_bytes(b"x" * 3_000_000)
-    assert state.digest_file(one) == state.digest_file(two)
-    two.write_bytes(b"x" * 2_999_999 + b"y")
-    assert state.digest_file(one) != state.digest_file(two)
-
-
-def test_digest_of_a_large_file_is_of_its_size_and_both_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "_WHOLE_FILE_BYTES", 100)
-    path = tmp_path / "big"
-
-    def of(content):
-        path.write_bytes(content)
-        return state.digest_file(path)
-
-    whole = of(b"a" * 300)
-    assert of(b"a" * 150 + b"b" + b"a" * 149) == whole  # the middle is not read
-    assert of(b"b" + b"a" * 299) != whole and of(b"a" * 299 + b"b") != whole
-    assert of(b"a" * 249 + b"b" + b"a" * 50) == whole and of(b"a" * 250 + b"b" + b"a" * 49) != whole
-    assert of(b"a" * 301) != whole
-
-
-def test_digest_of_a_model_sees_weights_tokenizer_and_names(tmp_path):
-    files = {"config.json": "{}", "model.safetensors": "w", "tokenizer.model": "t"}
-    files |= {"pytorch_model.bin": "w", "merges.txt": "m", "chat_template.jinja": "c"}
-    files["additional_chat_templates/tools.jinja"] = "c"
-    (tmp_path / "additional_chat_templates").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    whole = state.digest_model(tmp_path)
-    (tmp_path / "README.md").write_text("says nothing about the model")
-    assert state.digest_model(tmp_path) == whole
-    for name, text in files.items():
-        (tmp_path / name).write_text("changed")
-        assert state.digest_model(tmp_path) != whole, name
-        (tmp_path / name).write_text(text)
-    (tmp_path / "config.json").rename(tmp_path / "other.json")
-    assert state.digest_model(tmp_path) != whole
 
 
 def test_a_stage_is_complete_with_its_result_and_only_then(tmp_path):
