@@ -84,16 +84,16 @@ def test_digest_of_a_large_file_is_of_its_size_and_both_ends(tmp_path, monkeypat
 
 
 def test_digest_of_a_model_sees_weights_tokenizer_and_names(tmp_path):
-    files = {"config.json": "{}", "model.safetensors": "w", "tokenizer.model": "t"}
-    files |= {"pytorch_model.bin": "w", "merges.txt": "m", "chat_template.jinja": "c"}
-    files["additional_chat_templates/tools.jinja"] = "c"
+    parts = {"config.json": "{}", "model.safetensors": "w", "tokenizer.model": "t"}
+    parts |= {"pytorch_model.bin": "w", "merges.txt": "m", "chat_template.jinja": "c"}
+    parts["additional_chat_templates/tools.jinja"] = "c"
     (tmp_path / "additional_chat_templates").mkdir()
-    for name, text in files.items():
+    for name, text in parts.items():
         (tmp_path / name).write_text(text)
     whole = files.digest_model(tmp_path)
     (tmp_path / "README.md").write_text("says nothing about the model")
     assert files.digest_model(tmp_path) == whole
-    for name, text in files.items():
+    for name, text in parts.items():
         (tmp_path / name).write_text("changed")
         assert files.digest_model(tmp_path) != whole, name
         (tmp_path / name).write_text(text)
