@@ -70,6 +70,8 @@ def choose_impl(device_type: str, decode: str = "") -> tuple[str, str]:
         return "aten", "two calls of ATen's flash attention, merged by their logsumexp"
     if device_type == "cuda":
         return "triton", "one pass over prefix and keys, the prefix read where it lies"
+    if device_type == "meta":
+        return "meta", "shapes alone"
     return "raises", f"no kernel of ours for device '{device_type}'"
 
 
@@ -226,7 +228,7 @@ def prefix_attention(
     device that has no kernel.
     """
     plain = all([type(t) in _PLAIN for t in (q, k, v, prefix_k, prefix_v)])
-    plain = plain and not torch.compiler.is_compiling()
+    plain = plain and not torch.compiler.is_compiling() and not q.is_meta
     rare = not plain or not (mask is cu_seqlens is prefix_ids is impl is None)
     if not rare and plainly_decodes(q, k, v, prefix_k, prefix_v, causal, window, scale):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
