@@ -223,4 +223,6 @@ def test_a_gradient_beyond_fp16_and_nan_where_a_label_is_ignored(learns):
     (want,) = torch.autograd.grad(ref, up, dy.nan_to_num().double())
     finite = want.abs() < 6e4
     assert finite.any() and torch.equal(dh[1], torch.zeros(4).half())
-    torch.testing.assert_close(dh[finite].double(), want[finite], rtol=4e-3, atol=40.0)
+    # u keeps 11 bits of numbers up to 2, and the product, up to 65504, is rounded to 11 once more.
+    bound = 2.0**-10 * dy.nan_to_num()[:, None] + 2.0**-11 * want.abs()
+    assert ((dh.double() - want).abs() <= bound)[finite].all()
