@@ -8,7 +8,16 @@ from torch import nn
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.rows import AdapterNames
-from fusedpeft.layers.state import METHODS, STATE, Config, State, require_unmerged, state_of, unwrap
+from fusedpeft.layers.state import (
+    METHODS,
+    SERVED,
+    STATE,
+    Config,
+    State,
+    require_unmerged,
+    state_of,
+    unwrap,
+)
 
 
 def check_new(model: nn.Module, name: str) -> None:
@@ -18,7 +27,7 @@ def check_new(model: nn.Module, name: str) -> None:
         )
     if any(type(m).__module__.startswith("peft.tuners") for m in model.modules()):
         raise InputError("the model carries PEFT's adapters: use fusedpeft.accelerate(model)")
-    if "fusedpeft_pool" in model.__dict__:
+    if SERVED in model.__dict__:
         raise InputError("the model is served by an AdapterPool: uninstall that first")
     state = getattr(model, STATE, None)
     if state is not None and name in state.configs:

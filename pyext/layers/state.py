@@ -22,6 +22,7 @@ from fusedpeft.layers.config import (
 from fusedpeft.layers.targets import nearest
 
 STATE = "_fusedpeft"
+SERVED = "fusedpeft_pool"  # the attribute of a model that an AdapterPool serves
 Config = (
     LoRA
     | BottleneckAdapter

@@ -63,7 +63,7 @@ def choose_impl(
     if device_type == "cuda" and dtype == torch.float64:
         return "aten", "the Triton kernels sum in fp32: fp64 takes ATen"
     if device_type == "cuda" and native_ok and not needs_grad and tokens <= MAX_DECODE_TOKENS:
-        return "cuda", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one launch of C++"
+        return "cuda", f"at most {MAX_DECODE_TOKENS} tokens without gradients: one launch"
     if device_type == "cuda":
         return "by shape", "Triton or cuBLAS, as lora_choice.choose says of the sizes"
     if device_type != "cpu":

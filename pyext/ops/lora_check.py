@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fusedpeft.ops.arguments import check_number, check_probability, check_triton
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
-from fusedpeft.ops.multi_lora_cuda import MAX_CUDA_TOKENS, one_ok
-from fusedpeft.ops.native import DTYPE_CODES, native
+from fusedpeft.ops.multi_lora_cuda import check_call, one_ok
+from fusedpeft.ops.native import DTYPE_CODES
 from fusedpeft.ops.quantised import QuantisedWeight
 from fusedpeft.ops.slots import RANK_STEP
 
@@ -122,26 +122,22 @@ def decode_ok(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
 
 def check_decode(impl: str, x: Tensor, w: Tensor, a: Tensor, b: Tensor, grad: bool, p: float):
     """What impl="native" and impl="cuda" ask beyond `check`. x [M, K]."""
-    most = MAX_DECODE_TOKENS if impl == "native" else MAX_CUDA_TOKENS
     if grad or p > 0.0:
         raise ValueError(
             f"impl={impl!r}: expected no gradients and no dropout; use 'aten' to train"
         )
-    if x.shape[0] > most:
-        raise ValueError(f"impl={impl!r}: expected <= {most} rows, got {x.shape[0]}")
-    if impl == "cuda" and not x.is_cuda:
-        raise ValueError(f"impl='cuda': expected CUDA tensors, got {x.device}")
-    if impl == "cuda" and not hasattr(native, "multi_lora_cuda"):
-        raise NotImplementedError(
-            "impl='cuda': fusedpeft._C was built without its CUDA half; build with FUSEDPEFT_CUDA=1"
-        )
-    if impl == "cuda" and (x.dtype not in DTYPE_CODES or not one_ok(w, a, b)):
-        raise ValueError(
-            "impl='cuda': expected fp32, bf16 or fp16 with unit inner strides, b contiguous, R a "
-            f"multiple of {RANK_STEP} and adapters of the same dtype or fp32, got {x.dtype}/"
-            f"{a.dtype}, R {a.shape[0]}, strides {w.stride()}, {a.stride()}, {b.stride()}"
-        )
-    if impl == "native" and (x.device.type != "cpu" or not native_ok(x, w, a, b)):
+    if impl == "cuda":
+        check_call(x, x.shape[0])
+        if x.dtype not in DTYPE_CODES or not one_ok(w, a, b):
+            raise ValueError(
+                "impl='cuda': expected fp32, bf16 or fp16 with unit inner strides, b contiguous, R "
+                f"a multiple of {RANK_STEP} and adapters of the same dtype or fp32, got {x.dtype}/"
+                f"{a.dtype}, R {a.shape[0]}, strides {w.stride()}, {a.stride()}, {b.stride()}"
+            )
+        return
+    if x.shape[0] > MAX_DECODE_TOKENS:
+        raise ValueError(f"impl='native': expected <= {MAX_DECODE_TOKENS} rows, got {x.shape[0]}")
+    if x.device.type != "cpu" or not native_ok(x, w, a, b):
         raise ValueError(
             "impl='native': expected CPU tensors of fp32, bf16 or fp16 with unit inner strides and "
             f"adapters of the same dtype or fp32, got {x.dtype}/{a.dtype} on {x.device}"

@@ -10,6 +10,7 @@ scale_i · dy_i B_i side by side in dS:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -255,6 +256,11 @@ def lora_linear_multi(
     return tuple(ys)
 
 
+def _decode(impl: str, x, w, a, b, bias, scale: float) -> Tensor:
+    """One of DECODE for compilers and subclasses: through the custom op."""
+    return lora_linear(x, w, a, b, scale, bias, impl=impl)
+
+
 def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Tensor]:
     """x [M, K]: DoRA and autocast are done with."""
     tensors = [t for t in (x, *ws, *as_, *bs, *biases) if t is not None]
@@ -269,12 +275,9 @@ def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Te
         chosen = choose_impl(x.device.type, x.shape[0], False, ok, x.dtype)[0]
         impl = chosen if chosen in DECODE else None
     if impl in DECODE:
+        decode = DECODE[impl] if plain else functools.partial(_decode, impl)
         return [
-            F.linear(x, w, c)
-            if a is None
-            else DECODE[impl](x, w, a, b, c, s)
-            if plain
-            else lora_linear(x, w, a, b, s, c, impl=impl)  # compilers, subclasses: the custom op
+            F.linear(x, w, c) if a is None else decode(x, w, a, b, c, s)
             for w, a, b, s, c in zip(ws, as_, bs, scales, biases, strict=True)
         ]
     like = next(a for a in as_ if a is not None)  # no adapter: one of rank 0

@@ -30,15 +30,20 @@ def fast_ok(x: Tensor, w: Tensor, pool: LoRASlots, slots: Tensor) -> bool:
     )
 
 
-def check_cuda(x: Tensor, w: Tensor, pool: LoRASlots, rows: int) -> None:
+def check_call(x: Tensor, rows: int) -> None:
+    """What impl="cuda" asks of any call: the device, the kernel, the number of rows."""
+    if rows > MAX_CUDA_TOKENS:
+        raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {rows}")
     if not x.is_cuda:
         raise ValueError(f"impl='cuda': expected CUDA tensors, got {x.device}")
     if not hasattr(native, "multi_lora_cuda"):
         raise NotImplementedError(
             "impl='cuda': fusedpeft._C was built without its CUDA half; build with FUSEDPEFT_CUDA=1"
         )
-    if rows > MAX_CUDA_TOKENS:
-        raise ValueError(f"impl='cuda': expected <= {MAX_CUDA_TOKENS} rows, got {rows}")
+
+
+def check_cuda(x: Tensor, w: Tensor, pool: LoRASlots, rows: int) -> None:
+    check_call(x, rows)
     if not cuda_ok(w, pool):
         raise ValueError(
             f"impl='cuda': expected rows of w with unit stride and at most {MAX_PARTS} parts, "

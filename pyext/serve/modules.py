@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers.state import State
+from fusedpeft.layers.state import SERVED, State
 from fusedpeft.ops.lora import MAX_DECODE_TOKENS
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.multi_lora_cpu import prepared
@@ -205,9 +205,6 @@ def _weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-_MARK = "fusedpeft_pool"  # the attribute of a model that is served
-
-
 class Serving:
     """The installed model of a pool, and the batch of each thread and task."""
 
@@ -223,14 +220,14 @@ class Serving:
             raise InputError(
                 f"install: expected a model without attached adapters, got {attached}: detach them"
             )
-        if _MARK in model.__dict__:
+        if SERVED in model.__dict__:
             raise InputError("install: the model is served by a pool already; uninstall that first")
         linears = self._linears(model)
         with ExitStack() as undo:
             self._install_linears(linears, undo)
             self._install_head(model, undo)
             install_sublayers(model, self.pool, self.current, undo)
-            for name in (_MARK, "__deepcopy__", "__reduce_ex__"):
+            for name in (SERVED, "__deepcopy__", "__reduce_ex__"):
                 setattr(model, name, _refuse)  # a copy's linears would be those of this one
                 undo.callback(delattr, model, name)
             self.undo = undo.pop_all()

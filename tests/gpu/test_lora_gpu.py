@@ -309,7 +309,7 @@ def test_decode_takes_cuda_by_itself_and_triton_where_a_rank_does_not_fit():
     assert torch.equal(decode(leaves), decode(leaves, impl="cuda"))
     leaves, _ = make((16, 256, 512, 12), torch.bfloat16)
     assert torch.equal(decode(leaves), decode(leaves, impl="triton"))
-    with pytest.raises(ValueError, match="R a multiple of 8 .* R 12"):
+    with pytest.raises(ValueError, match="a multiple of 8 .* R 12"):
         decode(leaves, impl="cuda")
     wide = {
         name: t if name == "bias" else t.repeat(1, 2)[:, : t.shape[1]] for name, t in leaves.items()
