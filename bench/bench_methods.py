@@ -5,7 +5,7 @@
 
 step: forward, the model's own loss, the gradients of what is trained. The floor is PEFT's model
 with the same numbers, for bottleneck adapters what `adapters` computes: linear, activation, linear,
-sum, as modules. `+ loss` is ours with the trainer's loss, which never makes the logits.
+sum, as modules. `+ loss` is ours with `fp.fuse_loss`, which never makes the logits.
 
 generate: a prompt and then token by token over a cache, the tokens given. The floor of a prefix is
 what PEFT does with one: keys and values copied into every row's cache. (Its own generate() is no
@@ -161,21 +161,12 @@ def _after(module: nn.Module, args: tuple, output):
 # --- what is timed ------------------------------------------------------------------------------
 
 
-def _step(
-    model: nn.Module, ids: Tensor, labels: Tensor, *, fused_loss: bool = False, in_one=None
-) -> Call:
+def _step(model: nn.Module, ids: Tensor, labels: Tensor, *, in_one=None) -> Call:
     """in_one: the shape of a prefix that PEFT keeps in one tensor, where we have two a layer."""
-    from fusedpeft.train import TokenLogprobs
-
     trained = [p for p in model.parameters() if p.requires_grad]
-    logprobs = TokenLogprobs(model) if fused_loss else None
-    count = (labels[:, 1:] != -100).sum()
 
     def call() -> tuple[Tensor, ...]:
-        if logprobs is None:
-            loss = model(input_ids=ids, labels=labels).loss
-        else:
-            loss = -logprobs(ids, torch.ones_like(ids), labels).sum() / count
+        loss = model(input_ids=ids, labels=labels).loss
         grads = torch.autograd.grad(loss, trained)
         if in_one is not None:
             grads = [t for pair in split(grads[0], in_one) for t in pair]
@@ -248,15 +239,16 @@ def _steps(spec, base, ours, ids, labels) -> tuple[dict, dict]:
     theirs = (_modules if spec.method == "bottleneck" else _peft)(ours, base)
     floor = FLOORS[spec.method, "step"]
     in_one = shape_of(base) if spec.method == "prefix" else None
+    fused = fp.fuse_loss(copy.deepcopy(ours))
     made = {
         "fusedpeft": lambda: _step(ours.train(), ids, labels),
-        "fusedpeft + loss": lambda: _step(ours.train(), ids, labels, fused_loss=True),
+        "fusedpeft + loss": lambda: _step(fused.train(), ids, labels),
         floor: lambda: _step(theirs.train(), ids, labels, in_one=in_one),
     }
     if spec.method == "lora":
-        fused = copy.deepcopy(theirs)
-        fp.accelerate(fused)
-        made["accelerated"] = lambda: _step(fused.train(), ids, labels)
+        swapped = copy.deepcopy(theirs)
+        fp.accelerate(swapped)
+        made["accelerated"] = lambda: _step(swapped.train(), ids, labels)
     wide = _step(copy.deepcopy(theirs).double(), ids, labels, in_one=in_one)()
     low = _step(theirs, ids, labels, in_one=in_one)()
     expected = Expected(("loss", "first gradient", "last gradient"), wide, low)

@@ -20,6 +20,7 @@ _LAYERS = (
     "activate",
     "attach",
     "detach",
+    "fuse_loss",
     "load_adapter",
     "merge",
     "rows",

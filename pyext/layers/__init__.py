@@ -13,6 +13,7 @@ from fusedpeft.layers.config import (
     PromptTuning,
 )
 from fusedpeft.layers.lora import LoraLinear
+from fusedpeft.layers.loss import fuse_loss
 from fusedpeft.layers.merge import merge, unmerge
 from fusedpeft.layers.rows import rows
 
@@ -30,6 +31,7 @@ __all__ = [
     "activate",
     "attach",
     "detach",
+    "fuse_loss",
     "load_adapter",
     "merge",
     "rows",

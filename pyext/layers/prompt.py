@@ -107,6 +107,10 @@ def without_front(output, length: int):
             setattr(part, _CHILD, length)
     if isinstance(output, tuple):
         return (output[0][:, length:], *output[1:])
+    if (gates := output.get("router_logits")) is not None:  # [B·(P+T), experts] each
+        rows = len(output.last_hidden_state)
+        cut = [g.unflatten(0, (rows, -1))[:, length:].flatten(0, 1) for g in gates]
+        output.router_logits = tuple(cut)
     output.last_hidden_state = output.last_hidden_state[:, length:]
     if (states := output.get("hidden_states")) is not None:
         output.hidden_states = tuple(t[:, length:] for t in states)

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fusedpeft.data.rows import ASPECTS
 from fusedpeft.errors import InputError
 from fusedpeft.layers import load_adapter, save_adapter
+from fusedpeft.layers.loss import logit_options
 from fusedpeft.ops import linear_logprob
 
 HEAD_NAME = "reward_head.safetensors"
@@ -31,20 +32,6 @@ def split_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear]:
             f"{type(model).__name__}: leave the head out of the adapter's targets"
         )
     return model.base_model, head
-
-
-def logit_options(config: PretrainedConfig) -> dict[str, float | None]:
-    """What a model does to h Wᵀ before the softmax, as `linear_logprob` takes it.
-
-    A soft-cap (Gemma's final_logit_softcapping), a factor (Cohere's logit_scale, Falcon-H1's
-    lm_head_multiplier), a divisor (Granite's logits_scaling).
-    """
-    config = config.get_text_config()
-    factor = getattr(config, "logit_scale", None) or 1.0
-    factor *= getattr(config, "lm_head_multiplier", None) or 1.0
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"softcap": softcap, "temperature": divisor / factor}
 
 
 class TokenLogprobs(nn.Module):

@@ -26,6 +26,7 @@ CONFIGS = {
     "prefix": fp.PrefixTuning(length=4),
     "projected": fp.PrefixTuning(length=4, projection=6),
     "prompt": fp.PromptTuning(length=4),
+    "fused loss": fp.LoRA(rank=3),
 }
 
 
@@ -63,7 +64,11 @@ def run(method: str, kind: str, rank: int, out: Path) -> None:
     if kind == "fsdp":
         for layer in model.model.layers:
             fully_shard(layer)
+        if method == "fused loss":  # whose weight is whole only in its own call
+            fully_shard(model.lm_head)
         fully_shard(model)
+    if method == "fused loss":
+        fp.fuse_loss(model)
     grads = gradients(wrapped, batch().chunk(2)[rank])
     fp.save_adapter(model, out)
     save_file({n: g.contiguous() for n, g in grads.items()}, out / "gradients.safetensors")

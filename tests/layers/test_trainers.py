@@ -46,14 +46,19 @@ def assert_trained(model, before, losses):
         assert trained == (not torch.equal(parameter, old)), name
 
 
-def test_transformers_trainer(model, rows, tmp_path):
+@pytest.mark.parametrize("fused", [False, True])
+def test_transformers_trainer(model, rows, tmp_path, fused):
     before = frozen_and_trained(model)
     trainer = transformers.Trainer(
-        model, arguments(transformers.TrainingArguments, tmp_path), train_dataset=rows
-    )
+        fp.fuse_loss(model, fused), arguments(transformers.TrainingArguments, tmp_path),
+        train_dataset=rows, eval_dataset=rows, compute_metrics=lambda got: {
+            "agree": (got.predictions.argmax(-1) == got.label_ids).mean()
+        },
+    )  # fmt: skip
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert_trained(model, before, losses)
+    assert 0 <= trainer.evaluate()["eval_agree"] <= 1  # from the logits
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
