@@ -70,7 +70,12 @@ def _check(model: nn.Module) -> nn.Linear:
     """The output layer. Raises InputError for what cannot be fused."""
     kind = type(model).__name__
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    if head is None or not model.can_generate():
+    two = head is not None and model.config.is_encoder_decoder
+    if (
+        head is None
+        or not model.can_generate()
+        or (two and not hasattr(model, "prepare_decoder_input_ids_from_labels"))
+    ):
         raise InputError(f"fuse_loss: expected a causal LM or an encoder-decoder, got {kind}")
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         raise InputError(
@@ -82,7 +87,7 @@ def _check(model: nn.Module) -> nn.Linear:
             f"fuse_loss: expected the forward of {kind} and its output layer, which something has "
             "replaced (TRL's SFTTrainer makes no logits without this: fuse_loss(model, False))"
         )
-    if not model.config.is_encoder_decoder and model.loss_function is not ForCausalLMLoss:
+    if not two and model.loss_function is not ForCausalLMLoss:
         name = getattr(model.loss_function, "__name__", model.loss_function)
         raise InputError(f"fuse_loss: expected {kind} to take ForCausalLMLoss, got {name}")
     return head
