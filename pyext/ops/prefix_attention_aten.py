@@ -3,8 +3,8 @@
 A part is one call of ATen's flash attention on a few rows at a time. 16-bit inputs are computed in
 fp32, but for the forward pass of bf16 on a chip with AMX: without it ATen's own takes seven times
 as long, and its backward is slower and less exact on any chip. Backward needs no merge: with the
-whole row's out and logsumexp each part gives its own share of dq, dk and dv, and the shares of a
-shared prefix are added row by row, in order.
+whole row's out and logsumexp each part gives its own share of dq, dk and dv. It goes by blocks of
+queries, of which alone it takes copies in fp32, and adds the shares of a shared prefix in order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 from fusedpeft.ops.prefix_attention_checks import check_values
 
 _QUERIES = 128  # rows of a block that masks by position: what lies beyond its last key is skipped
-_FORWARD_BYTES, _BACKWARD_BYTES = 2**22, 2**21  # of q, at a time: of some it takes copies
+_FORWARD_BYTES, _BACKWARD_BYTES = 2**22, 2**21  # of q, at a time
+_FORWARD_COPIES, _BACKWARD_COPIES = 2**20, 2**18  # the same in fp32, where 16 bits are copied
 _Block = tuple[slice, slice, Tensor | None, Tensor | None, bool]
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,19 +41,40 @@ def _forward_dtype(t: Tensor) -> torch.dtype:
     return t.dtype if t.dtype == torch.bfloat16 and _has_amx() else acc_dtype(t)
 
 
-def _blocks(
+def _aten_hides(mask, T: int, S: int, causal: bool, window: int, scale: float) -> bool:
+    """One block for all, of which ATen hides the keys after each query."""
+    # ATen multiplies the −inf that it hides with by the scale.
+    return causal and T == S <= 2 * _QUERIES and mask is None and not window and scale > 0.0
+
+
+def _hiding(
     mask: Tensor | None, acc: torch.dtype, T: int, S: int, causal: bool, window: int, scale: float
+) -> tuple[Tensor, int] | None:
+    """(table, at): table[i, at + d] is −inf where query i of a block does not see the key d
+    positions after the block's first query, else 0. One for the blocks of all rows, and of all
+    sequences up to T = S."""
+    n = min(T, _QUERIES)
+    if n < 2 or not (causal or window) or _aten_hides(mask, T, S, causal, window, scale):
+        return None
+    at = S - T + (T - 1) // n * n  # the last block's first query
+    at = min(at, window - 1) if window else at
+    hidden = torch.full((n, at + (n if causal else min(n - 1 + window, S))), -math.inf, dtype=acc)
+    table = hidden.triu(at + (1 if causal else window))
+    return (table + hidden.tril_(at - window) if window else table), at
+
+
+def _blocks(
+    mask: Tensor | None, hiding, T: int, S: int, causal: bool, window: int, scale: float
 ) -> Iterator[_Block]:
     """(queries, keys, additive bias or None, queries that see no key or None, whether ATen is to
-    hide the keys after each query), covering all."""
+    hide the keys after each query), covering all; the last queries, which see most, first."""
     if T == 0 or S == 0:
         return
-    # ATen multiplies the −inf that it hides with by the scale.
-    if causal and T == S <= 2 * _QUERIES and mask is None and not window and scale > 0.0:
+    if _aten_hides(mask, T, S, causal, window, scale):
         yield slice(0, T), slice(0, S), None, None, True
         return
     step = _QUERIES if causal or window or mask is not None else T
-    for q0 in range(0, T, step):
+    for q0 in reversed(range(0, T, step)):
         q1 = min(q0 + step, T)
         first, last = S - T + q0, S - T + q1 - 1  # positions of the block's queries
         lo = max(0, first - window + 1) if window else 0
@@ -60,11 +82,10 @@ def _blocks(
         bias = dead = None
         if mask is not None:
             bias = mask[:, :, q0:q1, lo:hi]
-        if (causal and q1 - q0 > 1) or window:
-            ahead = torch.arange(lo, hi) - torch.arange(first, last + 1)[:, None]
-            hide = (causal & (ahead > 0)) | (ahead.abs() >= (window or S))
-            bias = torch.zeros(1, 1, q1 - q0, hi - lo, dtype=acc) if bias is None else bias
-            bias = bias.masked_fill(hide, -math.inf)
+        if hiding is not None and q1 - q0 > 1:
+            table, at = hiding
+            table = table[: q1 - q0, at + lo - first : at + hi - first]
+            bias = table[None, None] if bias is None else bias + table
         if mask is not None:
             dead = bias.amax(-1) == -math.inf
         yield slice(q0, q1), slice(lo, hi), bias, dead, False
@@ -75,20 +96,21 @@ def _jobs(
 ):
     """(index of q, of k, of the prefix [·, HKV, P, D], of the mask) to compute at a time.
 
-    Rows that share a prefix go together until there is work for every thread and the call's
-    overhead is small; more would only cost memory. Heads that need copies in `dtype` go apart.
+    Rows that share a prefix go together until there is work for every thread and `most` bytes of
+    q, where the call's overhead is small; more would only cost memory. Heads that need copies in
+    `dtype` go apart.
     """
     whole, one, (H, HKV) = slice(None), pk.shape[0] == 1 and ids is None, (q.shape[1], k.shape[1])
     threads, group = torch.get_num_threads(), max(H // HKV, 1)
+    heads = HKV if q.dtype == dtype else min(HKV, threads)  # ATen's backward deals out those of k
     if cu is None:
-        fits = most // max(1, q[:1].numel() * dtype.itemsize)
+        fits = most // max(1, q[:1, : heads * group].numel() * dtype.itemsize)
         step = 1 if ids is not None else max(-(-threads // HKV), fits, 1)
         spans = [(slice(i, min(i + step, len(q))), whole) for i in range(0, len(q), step)]
     else:
         ends = cu.tolist()
         spans = [(whole, slice(a, b)) for a, b in zip(ends, ends[1:], strict=False)]
     ids = None if ids is None else ids.tolist()
-    heads = HKV if q.dtype == dtype else min(HKV, threads)  # ATen's backward deals out those of k
     for i, (rows, tokens) in enumerate(spans):
         if q[rows, :, tokens].numel() == 0:
             continue
@@ -121,10 +143,11 @@ def _shared(prefix: Tensor, rows: int, acc: torch.dtype) -> Tensor | None:
     return None if prefix.numel() == 0 else _unit(prefix, acc).expand(rows, -1, -1, -1)
 
 
-def _part_fwd(q, k, v, pk, pv, mask, out, lse, causal: bool, scale: float, window: int) -> None:
-    """out and lse, which hold 0 and −inf, of a few rows: the keys first, then the prefix."""
-    blocks = _blocks(mask, lse.dtype, q.shape[2], k.shape[2], causal, window, scale)
-    for qs, ks, bias, dead, hides in blocks:
+def _part_fwd(q, k, v, pk, pv, mask, hiding, out, lse, causal, scale: float, window) -> None:
+    """Sets out and lse of a few rows: the keys first, then the prefix."""
+    for qs, ks, bias, dead, hides in _blocks(
+        mask, hiding, q.shape[2], k.shape[2], causal, window, scale
+    ):
         ins = (q[:, :, qs], k[:, :, ks], v[:, :, ks])
         out[:, :, qs], e = _flash(*ins, 0.0, hides, attn_mask=bias, scale=scale)
         lse[:, :, qs] = e if dead is None else e.masked_fill(dead, -math.inf)
@@ -141,68 +164,140 @@ def aten_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window:
     out = torch.zeros(q.shape, dtype=q.dtype)
     lse = torch.full(q.shape[:3], -math.inf, dtype=acc)
     dtype = _forward_dtype(q)
-    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, dtype, _FORWARD_BYTES):
+    hiding = _hiding(mask, acc, q.shape[2], k.shape[2], causal, window, scale)
+    most = _FORWARD_BYTES if q.dtype == dtype else _FORWARD_COPIES
+    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, dtype, most):
         ins = [_unit(t, dtype) for t in (q[aq], k[ak], v[ak])]
         prefix = [_shared(t[ap], len(ins[0]), dtype) for t in (pk, pv)]
         m = None if mask is None else mask[am].to(acc)
         o = out[aq].to(dtype)  # a copy only where 16 bits are computed in fp32
-        _part_fwd(*ins, *prefix, m, o, lse[aq], causal, scale, window)
+        _part_fwd(*ins, *prefix, m, hiding, o, lse[aq], causal, scale, window)
         if out.dtype != dtype:
             out[aq] = o
     return out, lse
 
 
+def _wider(t: Tensor, last: float, dlse: Tensor | None, acc: torch.dtype) -> Tensor:
+    """One column more makes Σ dout·out into Σ dout·out − dlse and changes no product."""
+    t = _unit(t, acc)
+    return t if dlse is None else F.pad(t, (0, 1), value=last)
+
+
+def _add(sums, shares, fresh: bool) -> None:
+    """fresh: nothing is in the sums yet, and the first share often is as long as they are."""
+    for whole, share in zip(sums, shares, strict=True):
+        if fresh and whole.shape == share.shape:
+            whole.copy_(share)
+        else:
+            whole += share
+
+
+def _block_bwd(
+    dout, dlse, q, k, v, pk, pv, out, lse, bias, hides, scale, dq, dkv, dpkv, fresh
+) -> None:
+    """Sets dq of a block of queries and adds its shares to dk, dv and the prefix's gradients. A
+    call of its own: names of a loop would hold what it takes beside the next block's."""
+    acc, parts = lse.dtype, []
+    ins = [_wider(t, last, dlse, acc) for t, last in ((dout, 0.0), (q, 0.0), (out, -1.0))]
+    if dlse is not None:
+        ins[0][..., -1] = dlse
+    dout, q, out = ins
+    if dkv:
+        part, *shares = _flash_bwd(dout, q, k, v, out, lse, 0.0, hides, attn_mask=bias, scale=scale)
+        parts.append(part)
+        _add(dkv, shares, fresh)
+        del shares
+    if pk is not None:
+        part, *shares = _flash_bwd(dout, q, pk, pv, out, lse, 0.0, False, scale=scale)
+        parts.append(part)
+        for whole, share in zip(dpkv, shares, strict=True):
+            for row in share if whole.shape[0] == 1 else (share,):
+                whole += row[..., : whole.shape[-1]]
+    if dkv:
+        part = parts[0] if len(parts) == 1 else parts[0].add_(parts[1])
+        dq.copy_(part[..., : dq.shape[-1]])
+
+
 def _part_bwd(
-    dout, q, k, v, pk, pv, mask, out, lse, dq, dk, dv, causal, scale, window, keys: bool
-) -> tuple[Tensor, ...]:
-    """Adds to dq, dk and dv of a few rows; (dpk, dpv) by row, or nothing without a prefix."""
+    dout, dlse, q, k, v, pk, pv, mask, hiding, out, lse, dq, dk, dv, dpkv, causal, scale, window
+) -> None:
+    """Sets dq, dk and dv of a few rows, unless they are None, and adds to dpk and dpv."""
     # A row that sees nothing: its bias is −inf everywhere and exp(−inf − 0) is 0.
-    lse = lse.masked_fill(lse == -math.inf, 0.0)
-    blocks = _blocks(mask, q.dtype, q.shape[2], k.shape[2], causal, window, scale) if keys else ()
-    for qs, ks, bias, _, hides in blocks:
-        ins = (dout[:, :, qs], q[:, :, qs], k[:, :, ks], v[:, :, ks], out[:, :, qs], lse[:, :, qs])
-        wholes = (dq[:, :, qs], dk[:, :, ks], dv[:, :, ks])
-        _add(wholes, _flash_bwd(*ins, 0.0, hides, attn_mask=bias, scale=scale))
-    if pk is None:
-        return ()
-    dq_p, *prefix = _flash_bwd(dout, q, pk, pv, out, lse, 0.0, False, scale=scale)
-    dq += dq_p
-    return tuple(prefix)
-
-
-def _add(wholes: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
-    """A call of its own: names of a loop would hold the parts beside the next ones."""
-    for whole, part in zip(wholes, parts, strict=True):
-        whole += part
+    lse, keys = lse.masked_fill(lse == -math.inf, 0.0), dq is not None
+    k, v = (_wider(t, 0.0, dlse, lse.dtype) for t in (k, v))
+    own = keys and dk.dtype == k.dtype and dlse is None
+    sums = [] if not keys else [dk, dv] if own else [torch.empty_like(t) for t in (k, v)]
+    fresh = True
+    if not keys:
+        mask, hiding, causal, window = None, None, False, 0  # all queries in one block
+    for qs, ks, bias, _, hides in _blocks(
+        mask, hiding, q.shape[2], k.shape[2], causal, window, scale
+    ):
+        if fresh and ks != slice(0, k.shape[2]):
+            for t in sums:
+                t.zero_()
+        of_q = [None if t is None else t[:, :, qs] for t in (dout, dlse, q, out, lse, dq)]
+        do, dl, qq, o, e, d = of_q
+        dkv = [t[:, :, ks] for t in sums]
+        _block_bwd(
+            do,
+            dl,
+            qq,
+            k[:, :, ks],
+            v[:, :, ks],
+            pk,
+            pv,
+            o,
+            e,
+            bias,
+            hides,
+            scale,
+            d,
+            dkv,
+            dpkv,
+            fresh and ks == slice(0, k.shape[2]),
+        )
+        fresh = False
+    if not own:
+        for whole, t in zip((dk, dv), sums, strict=False):
+            whole.copy_(t[..., : whole.shape[-1]])
 
 
 def aten_bwd(
     dout, dlse, q, k, v, pk, pv, out, lse, mask, cu, ids, causal, scale, window, need: list[bool]
 ):
-    acc, D = acc_dtype(q), q.shape[-1]
-    if dlse is not None:
-        # One column more makes Σ dout·out into Σ dout·out − dlse and changes no product.
-        q, k, v, pk, pv = (F.pad(t, (0, 1)) for t in (q, k, v, pk, pv))
-        dout = torch.cat([dout.to(acc), dlse.unsqueeze(-1)], -1)
-        out = torch.cat([out.to(acc), out.new_full((*lse.shape, 1), -1.0, dtype=acc)], -1)
-    shape, like = pk.shape, q.dtype
+    acc, shape, like = acc_dtype(q), pk.shape, q.dtype
     pk, pv = _as_rows(pk), _as_rows(pv)
-    wholes = [torch.zeros(t.shape, dtype=like) for t in (q, k, v)]
-    dpk, dpv = (torch.zeros(t.shape, dtype=acc) for t in (pk, pv))
-    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, acc, _BACKWARD_BYTES):
-        do, *ins, o = (_unit(t, acc) for t in (dout[aq], q[aq], k[ak], v[ak], out[aq]))
-        prefix = [_shared(t[ap], len(do), acc) for t in (pk, pv)]
+    hiding = _hiding(mask, acc, q.shape[2], k.shape[2], causal, window, scale)
+    make = torch.empty if q.numel() else torch.zeros
+    dqkv = [make(t.shape, dtype=like) if any(need[:3]) else None for t in (q, k, v)]
+    dpkv = [torch.zeros(t.shape, dtype=acc) for t in (pk, pv)]
+    most = _BACKWARD_BYTES if like == acc else _BACKWARD_COPIES
+    for aq, ak, ap, am in _jobs(q, k, pk, mask, cu, ids, acc, most):
+        prefix = [_shared(_wider(t[ap], 0.0, dlse, acc), len(q[aq]), acc) for t in (pk, pv)]
         m = None if mask is None else mask[am].to(acc)
-        parts = [t[at].to(acc) for t, at in zip(wholes, (aq, ak, ak), strict=True)]
-        rest = (*parts, causal, scale, window, any(need[:3]))
-        of_prefix = _part_bwd(do, *ins, *prefix, m, o, lse[aq], *rest)
-        for whole, part in zip((dpk, dpv), of_prefix, strict=False):
-            for row in part if whole[ap].shape[0] == 1 else (part,):
-                whole[ap] += row
-        if like != acc:  # else they were views
-            for whole, at, part in zip(wholes, (aq, ak, ak), parts, strict=True):
-                whole[at] = part
-        del of_prefix, do, ins, o, parts, rest  # or they would stay beside the next ones
-    grads = (*wholes, dpk.to(like).view(shape), dpv.to(like).view(shape))
-    grads = (g if dlse is None else g[..., :D].contiguous() for g in grads)
+        of_q = [None if t is None else t[aq] for t in (dout, dlse, q, out, lse, dqkv[0])]
+        do, dl, qq, o, e, dq = of_q
+        dk, dv = (None if t is None else t[ak] for t in dqkv[1:])
+        sums = [t[ap] for t in dpkv]
+        _part_bwd(
+            do,
+            dl,
+            qq,
+            k[ak],
+            v[ak],
+            *prefix,
+            m,
+            hiding,
+            o,
+            e,
+            dq,
+            dk,
+            dv,
+            sums,
+            causal,
+            scale,
+            window,
+        )
+    grads = (*dqkv, *(t.to(like).view(shape) for t in dpkv))
     return tuple(g if n else q.new_empty(0) for g, n in zip(grads, need, strict=True))
