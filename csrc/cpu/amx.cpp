@@ -1,4 +1,4 @@
-// Decode in bf16 for AMX: as avx512_bf16.cpp, but W in tiles.
+// bf16 for AMX: decode as in avx512_bf16.cpp, but W in tiles, and an adapter's training in them.
 #if defined(__x86_64__)
 #if defined(__linux__) && __has_include(<amxtileintrin.h>)  // else the assembler may not know tiles
 #include <omp.h>
@@ -17,6 +17,11 @@ FUSEDPEFT_INLINE void tiles_begin(const TileShapes& shapes) {
   asm volatile("ldtilecfg %0" ::"m"(shapes));
 }
 FUSEDPEFT_INLINE void tiles_end() { asm volatile("tilerelease"); }
+
+typedef uint16_t Half __attribute__((vector_size(2 * kWidth)));
+FUSEDPEFT_INLINE U words(Half v) { return (U)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v); }
+FUSEDPEFT_INLINE Half narrow(F v) { return (Half)_mm512_cvtneps_pbh(v); }
+FUSEDPEFT_INLINE U narrow(F low, F high) { return (U)_mm512_cvtne2ps_pbh(high, low); }
 
 template <int t>
 FUSEDPEFT_INLINE void tile_zero() {
@@ -38,6 +43,7 @@ FUSEDPEFT_INLINE void tile_dot() {
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "adapter_train_tiles.h"
 #include "multi_lora_tiles.h"
 
 namespace fusedpeft::cpu::amx {
@@ -49,6 +55,7 @@ bool here() {
          syscall(SYS_arch_prctl, request, tile_data) == 0;
 }
 
+void adapter_train(const AdapterTrain& a) { TileTrain(a).run(); }
 void decode(const Decode& d) { decode_in_tiles<Pairs>(d); }
 void multi_lora(const MultiLora& d) { run_multi(TileCall<Pairs>(d)); }
 
@@ -60,6 +67,7 @@ void multi_lora(const MultiLora& d) { run_multi(TileCall<Pairs>(d)); }
 namespace fusedpeft::cpu::amx {
 
 bool here() { return false; }
+void adapter_train(const AdapterTrain& a) { avx512::adapter_train(a); }
 void decode(const Decode& d) { avx512_bf16::decode(d); }
 void multi_lora(const MultiLora& d) { avx512_bf16::multi_lora(d); }
 

@@ -59,7 +59,7 @@ struct AdapterTrain {
   // Backward
   const void* dy;  // null: forward
   void *dx, *ddown, *ddown_bias, *dup, *dup_bias, *dnorm_weight, *dnorm_bias;
-  float* work;  // [2, m, e rounded up to 16] and 16 more
+  float* work;  // [2, m rounded up to 32, e rounded up to 16] and 16 more
   bool add_dy;
 };
 

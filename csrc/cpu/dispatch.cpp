@@ -39,6 +39,9 @@ void decode_in_tiles(const Decode& d) { return fit_tiles(d) ? amx::decode(d) : i
 void multi_lora_in_tiles(const MultiLora& d) {
   return fit_tiles(d) ? amx::multi_lora(d) : multi_lora_in_bf16(d);
 }
+void adapter_train_in_tiles(const AdapterTrain& a) {
+  return fit_tiles(a) ? amx::adapter_train(a) : avx512::adapter_train(a);
+}
 #endif
 
 // Best first.
@@ -54,7 +57,7 @@ const Level* levels(int* count) {
   static const bool tiles = bf16 && amx::here();
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_tiles, avx512::adapter_train},
+       multi_lora_in_tiles, adapter_train_in_tiles},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_bf16, avx512::adapter_train},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
@@ -65,7 +68,8 @@ const Level* levels(int* count) {
        portable::prefix_decode, portable::multi_lora, portable::adapter_train}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
-                               portable::dropout, portable::prefix_decode, portable::multi_lora}};
+                               portable::dropout, portable::prefix_decode, portable::multi_lora,
+                               portable::adapter_train}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;

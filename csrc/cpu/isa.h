@@ -52,6 +52,11 @@ static inline bool fit_tiles(const Decode& d) {
          d.r % kRankStep == 0;
 }
 
+// What adapter_train_tiles.h takes.
+static inline bool fit_tiles(const AdapterTrain& a) {
+  return a.dtype == kBFloat16 && a.adapter_dtype == kBFloat16;
+}
+
 struct TileShapes {  // of AMX's eight tiles, as the chip reads them
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -126,6 +131,7 @@ void multi_lora(const MultiLora& d);
 }  // namespace avx512_bf16
 namespace amx {
 bool here();  // asks the kernel for the tiles, once
+void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
 void multi_lora(const MultiLora& d);
 }  // namespace amx

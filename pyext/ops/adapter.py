@@ -77,6 +77,8 @@ def choose_impl(
         return "aten", why + ": ATen's products"
     if dtype == torch.float32 and capability == "avx2":
         return "aten", "with vectors of 8 ATen's products in fp32 are as fast as ours"
+    if dtype == torch.bfloat16 and capability == "amx":
+        return "native", "C++: x is read once, products in tiles of bf16 (a fp32 adapter's in fp32)"
     rounds = dtype != torch.float32 and norm != "rms_norm"  # its x is in fp32 on ATen too
     if rounds and (has_products(dtype) if products is None else products):
         return "aten", f"this CPU has products of {dtype}, the C++ kernel sums in fp32: ATen's"

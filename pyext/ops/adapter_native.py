@@ -166,7 +166,8 @@ def train_bwd(
         (down_w if i else dy).new_empty(shape if needed else 0)
         for i, (shape, needed) in enumerate(zip(shapes, need, strict=True))
     ]
-    work = dy.new_empty(2 * m * -(-e // 16) * 16 + 16, dtype=torch.float32)
+    rows, columns = -(-m // 32) * 32, -(-e // 16) * 16
+    work = dy.new_empty(2 * rows * columns + 16, dtype=torch.float32)
     torch.get_num_threads()
     native.adapter_train(
         (x if x.numel() else dy).data_ptr(), 0, [*map(_address, weights)], 0, p.data_ptr(),

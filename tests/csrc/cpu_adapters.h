@@ -64,6 +64,67 @@ void adapt(int64_t m, int64_t d, int norm, int activation, int dtype, int adapte
 
 double gelu(double p) { return p * std::erfc(-p * std::sqrt(0.5)) / 2; }
 
+// y and the weights' gradients against sums in double, from P as it was kept.
+void weights_of(const AdapterTrain& a, const Matrix& x, const Matrix& dy, const Matrix& y,
+                const Matrix& down, const Matrix& up, const Matrix& b, const Matrix& w, const Matrix& p,
+                const Matrix& ddown, const Matrix& dc, const Matrix& dup, const Matrix& db,
+                const Matrix& dw, const Matrix& dnb) {
+  struct Sum {
+    double value = 0, size = 1;
+    void add(double term) { value += term, size += std::fabs(term); }
+  };
+  const int64_t m = a.m, d = a.d, e = a.e;
+  std::vector<Sum> of_down(e * d), of_c(e), of_up(d * e), of_b(d), of_w(d), of_nb(d);
+  const double slack = a.dtype || a.adapter_dtype ? 1e-2 : 2e-5;
+  const auto compare = [&](const char* name, double got, const Sum& want) {
+    if (!(std::fabs(got - want.value) <= slack * want.size) && failures++ < 5)
+      std::printf("train m %ld d %ld e %ld norm %d dtype %d/%d: %s expected %g, got %g\n", m, d, e,
+                  a.norm, a.dtype, a.adapter_dtype, name, want.value, got);
+  };
+  for (int64_t i = 0; i < m; ++i) {
+    double mean = 0, square = 0;
+    for (int64_t j = 0; j < d; ++j) mean += a.norm == kLayerNorm ? x(i, j) / d : 0;
+    for (int64_t j = 0; j < d; ++j) square += (x(i, j) - mean) * (x(i, j) - mean) / d;
+    std::vector<double> n(d), of_n(d);
+    for (int64_t j = 0; j < d; ++j)
+      n[j] = a.norm ? (x(i, j) - mean) / std::sqrt(square + a.eps) : x(i, j);
+    for (int64_t j = 0; j < d; ++j) {
+      Sum of_y;
+      of_y.add(x(i, j) + a.scale * b(0, j));
+      for (int64_t r = 0; r < e; ++r) of_y.add(a.scale * gelu(p(i, r)) * up(j, r));
+      compare("y", y(i, j), of_y);
+      of_b[j].add(a.scale * dy(i, j));
+    }
+    for (int64_t r = 0; r < e; ++r) {
+      const double v = p(i, r), h = gelu(v);
+      double slope = std::erfc(-v * std::sqrt(0.5)) / 2 + v * std::exp(-v * v / 2) / std::sqrt(2 * M_PI);
+      double g = 0;
+      for (int64_t j = 0; j < d; ++j) {
+        of_up[j * e + r].add(a.scale * h * dy(i, j));
+        g += dy(i, j) * up(j, r);
+      }
+      g *= a.scale * slope;
+      of_c[r].add(g);
+      for (int64_t j = 0; j < d; ++j) {
+        const double to_n = a.norm ? w(0, j) * n[j] + (a.norm == kLayerNorm ? b(0, j) : 0) : n[j];
+        of_down[r * d + j].add(g * to_n);
+        of_n[j] += g * down(r, j);
+      }
+    }
+    for (int64_t j = 0; j < d; ++j) of_w[j].add(of_n[j] * n[j]), of_nb[j].add(of_n[j]);
+  }
+  for (int64_t j = 0; j < d; ++j) {
+    for (int64_t r = 0; r < e; ++r) {
+      compare("dD", ddown(r, j), of_down[r * d + j]);
+      compare("dU", dup(j, r), of_up[j * e + r]);
+    }
+    compare("de", db(0, j), of_b[j]);
+    if (a.norm) compare("dgamma", dw(0, j), of_w[j]);
+    if (a.norm == kLayerNorm) compare("dbeta", dnb(0, j), of_nb[j]);
+  }
+  for (int64_t r = 0; r < e; ++r) compare("dc", dc(0, r), of_c[r]);
+}
+
 // Forward and backward of one adapter; that it reads and writes within bounds, and dx against
 // differences of y.
 void train(int64_t m, int64_t d, int64_t e, int norm, int dtype, int adapter, bool needed) {
@@ -73,7 +134,7 @@ void train(int64_t m, int64_t d, int64_t e, int norm, int dtype, int adapter, bo
       w(1, d, 0, adapter), p(m, e, 0, adapter), ddown(e, d, 0, adapter), dc(1, e, 0, adapter),
       dup(d, e, 0, adapter), db(1, d, 0, adapter), dw(1, d, 0, adapter), dnb(1, d, 0, adapter);
   for (Matrix* t : {&x, &dy, &down, &c, &up, &b, &w}) t->fill(random);
-  std::vector<float> stats(2 * m), work(2 * m * ((e + 15) / 16 * 16) + 16);
+  std::vector<float> stats(2 * m), work(2 * ((m + 31) / 32 * 32) * ((e + 15) / 16 * 16) + 16);
   AdapterTrain a = {};
   a.x = a.residual = x.bytes.get(), a.y = y.bytes.get(), a.p = p.bytes.get(), a.stats = stats.data();
   a.down = down.bytes.get(), a.down_bias = c.bytes.get();
@@ -91,6 +152,7 @@ void train(int64_t m, int64_t d, int64_t e, int norm, int dtype, int adapter, bo
     a.dnorm_bias = norm == kLayerNorm ? dnb.bytes.get() : nullptr;
   }
   adapter_train(a);
+  if (needed) weights_of(a, x, dy, y, down, up, b, w, p, ddown, dc, dup, db, dw, dnb);
   for (int64_t i = 0; i < m; i += 7) {
     const auto value = [&](double step) {  // of dy y, where x[i] has moved by step * direction
       double mean = 0, square = 0, total = 0;
@@ -151,6 +213,7 @@ void adapters() {
       train(1, 5, 1, norm, dtype, adapter, true);
       train(29, 50, 7, norm, dtype, adapter, true);
       train(150, 101, 65, norm, dtype, adapter, norm != kRmsNorm);
+      train(70, 160, 20, norm, dtype, adapter, true);  // whole tiles, and some
     }
     adapt(33, 1300, kLayerNorm, kGelu, dtype, adapter, true);  // several threads
     adapt(64, 1300, kNoNorm, kRelu, dtype, adapter, false);

@@ -60,6 +60,24 @@ struct Pairs {
   }
 };
 
+typedef uint16_t Half __attribute__((vector_size(2 * kWidth)));
+U words(Half v) { return __builtin_convertvector(v, U); }
+Half narrow(F v) {
+  Half to;
+  for (int i = 0; i < kWidth; ++i) {
+    BFloat16 one;
+    from_float(v[i], &one);
+    to[i] = one.bits;
+  }
+  return to;
+}
+U narrow(F low, F high) {
+  const Half both[] = {narrow(low), narrow(high)};
+  U to;
+  __builtin_memcpy(&to, both, sizeof to);
+  return to;
+}
+
 struct Tile {
   unsigned char rows[16][64];
 };
@@ -111,6 +129,7 @@ void tile_dot() {
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "cpu/adapter_train_tiles.h"
 #include "cpu/multi_lora_tiles.h"
 
 namespace fusedpeft::cpu {
@@ -121,7 +140,9 @@ void adapters(const Adapters& a) {
   if (a.dtype != kBFloat16 || a.adapter_dtype != kBFloat16 || a.norm) return adapters_any(a);
   return AdapterCall<BFloat16, BFloat16, Pairs>(a).run();
 }
-void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
+void adapter_train(const AdapterTrain& a) {
+  return fit_tiles(a) ? TileTrain(a).run() : adapter_train_any(a);
+}
 void decode(const Decode& d) {
   if (d.dtype != kBFloat16) return decode_any(d);
   if (fit_tiles(d)) return decode_in_tiles<Pairs>(d);

@@ -66,7 +66,8 @@ def compare(check, t, **kw):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", ["other", "x", None])
 @pytest.mark.parametrize(
-    "m, d, e", [(1, 64, 8), (63, 129, 12), (1000, 96, 64), (5, 1, 1), (9, 70, 512)]
+    "m, d, e",
+    [(1, 64, 8), (63, 129, 12), (1000, 96, 64), (5, 1, 1), (9, 70, 512), (200, 160, 40)],
 )
 def test_against_float64(check_accuracy, m, d, e, residual, dtype):
     compare(check_accuracy, make(m, d, e, dtype, residual=residual), scale=0.5, activation="gelu")
@@ -123,6 +124,26 @@ def test_a_norm_of_rows_far_from_zero(check_accuracy, norm):
     t64 = {k: None if v is None else v.double() for k, v in t.items()}
     ref = call(ops.bottleneck_adapter_ref, t64, norm=norm)
     assert (got - ref).abs().max() <= 1e-4 * ref.abs().max()
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_rows_far_from_zero_in_bf16(check_accuracy, norm):
+    t = make(100, 160, 24, torch.bfloat16, norm=norm, residual="x", offset=30.0)
+    compare(check_accuracy, t, norm=norm, activation="gelu")
+
+
+@pytest.mark.skipif(native is None, reason="the extension is not built")
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_row_that_is_not_finite_stays_alone(norm, value):
+    t = make(70, 160, 20, torch.bfloat16, norm=norm, residual="x")
+    dy = torch.randn_like(t["x"])
+    want, want_of = grads(ops.bottleneck_adapter, t, dy, norm=norm, impl="native")
+    t["x"][37, 5] = value
+    got, of = grads(ops.bottleneck_adapter, t, dy, norm=norm, impl="native")
+    others = torch.arange(70) != 37
+    assert torch.equal(got[others], want[others])
+    assert torch.equal(of["x"][others], want_of["x"][others])
 
 
 def test_a_norm_without_weights(check_accuracy):
@@ -277,6 +298,10 @@ def test_what_each_device_takes():
     assert choose_impl("cpu", fp32, capability="avx2")[0] == "aten"
     assert choose_impl("cpu", bf16, **wide)[0] == "aten"
     assert choose_impl("cpu", bf16, "rms_norm", **wide)[0] == "native"
+    tiles = dict(capability="amx", products=True)
+    assert choose_impl("cpu", bf16, "layer_norm", **tiles)[0] == "native"
+    assert choose_impl("cpu", bf16, dropout=True, **tiles)[0] == "aten"
+    assert choose_impl("cpu", torch.float16, **tiles)[0] == "aten"
     assert choose_impl("cpu", bf16, capability="avx2", products=False)[0] == "native"
     for capability in ("", "portable"):
         assert choose_impl("cpu", bf16, capability=capability, products=False)[0] == "aten"
@@ -285,8 +310,9 @@ def test_what_each_device_takes():
 @pytest.mark.skipif(native is None, reason="the extension is not built")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", NORMS)
-def test_bits_do_not_depend_on_threads(norm, dtype):
-    t = make(300, 203, 21, dtype, norm=norm, residual="x")
+@pytest.mark.parametrize("sizes", [(203, 21), (256, 32)])
+def test_bits_do_not_depend_on_threads(sizes, norm, dtype):
+    t = make(300, *sizes, dtype, norm=norm, residual="x")
     dy, threads, found = torch.randn_like(t["x"]), torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
