@@ -39,6 +39,41 @@ void lora_decode(Address x, Address w, Address a, Address b, Address bias, Addre
                    n, r, sx, sw, sa, sb, sy, scale, dtype, adapter_dtype);
 }
 
+// of_weight: the codes, then what scales them, as cpu::Quantised says; 0 for none.
+cpu::Quantised quantised(const std::array<Address, 5>& of_weight, int64_t n, int64_t k, int64_t block,
+                         bool by_row) {
+  const auto floats = [&](int i) { return static_cast<const float*>(pointer(of_weight[i])); };
+  check(n >= 0 && k >= 0, "w: expected sizes >= 0, got [", n, ", ", k, "]");
+  check((of_weight[0] && of_weight[1]) || n == 0 || k == 0, "w: expected addresses, got null");
+  check(!of_weight[2] || (of_weight[3] && of_weight[4]),
+        "w: expected absmax2 and offset beside a book, got null");
+  return {static_cast<const std::uint8_t*>(pointer(of_weight[0])), pointer(of_weight[1]), floats(2),
+          floats(3), floats(4), n, k, block, by_row};
+}
+
+void dequantise(const std::array<Address, 5>& of_weight, int64_t n, int64_t k, int64_t block,
+                bool by_row, Address out, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                int64_t so, int dtype) {
+  const cpu::Quantised w = quantised(of_weight, n, k, block, by_row);
+  check_matrix("out", out, rows, cols, so);
+  py::gil_scoped_release release;
+  cpu::dequantise(w, pointer(out), row, rows, col, cols, so, dtype);
+}
+
+void lora_decode_quantised(Address x, const std::array<Address, 5>& of_weight, Address a, Address b,
+                           Address bias, Address y, int64_t m, int64_t k, int64_t n, int64_t block,
+                           bool by_row, int64_t r, int64_t sx, int64_t sa, int64_t sb, int64_t sy,
+                           double scale, int dtype, int adapter_dtype) {
+  const cpu::Quantised w = quantised(of_weight, n, k, block, by_row);
+  check_matrix("x", x, m, k, sx);
+  check_matrix("a", a, r, k, sa);
+  check_matrix("b", b, n, r, sb);
+  check_matrix("y", y, m, n, sy);
+  py::gil_scoped_release release;
+  cpu::lora_decode_quantised(pointer(x), w, pointer(a), pointer(b), pointer(bias), pointer(y), m, r,
+                             sx, sa, sb, sy, scale, dtype, adapter_dtype);
+}
+
 void multi_lora(Address x, Address w, Address bias, Address y, Address slots, Address a, Address b,
                 Address rank, Address scale, const std::vector<int64_t>& sizes, int64_t count,
                 int64_t max_rank, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw, int64_t sy,
@@ -300,6 +335,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What setup.py built: cuda, cuda_archs, nvcc, compiler.");
   m.def("cpu_capability", &cpu::cpu_capability, "The instruction set that the CPU kernels use.");
   m.def("lora_decode", &lora_decode, "y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ on a CPU, for few rows.");
+  m.def("dequantise", &dequantise, "Rows and columns of W in NF4 or FP8, as numbers, on a CPU.");
+  m.def("lora_decode_quantised", &lora_decode_quantised,
+        "lora_decode over W in NF4 or FP8, which is read as it is.");
   m.def("adapter_decode", &adapter_decode,
         "y = residual + scale · (act(norm(x) Dᵀ + c) Uᵀ + e) on a CPU, for few rows.");
   m.def("adapter_train", &adapter_train,

@@ -111,9 +111,10 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
             impl, why = choose_multi_impl(device, tokens, native is not None, kernel["cuda"])
             case = f"{device.upper()}, {label}"
             found.append({"op": "multi_lora_linear", "case": case, "impl": impl, "why": why})
-        impl, why = choose_quantised_impl(device)
-        label = f"{device.upper()}, W in NF4 or FP8"
-        found.append({"op": "lora_linear", "case": label, "impl": impl, "why": why})
+        for tokens, label in ((most, f"1-{most} tokens"), (most + 1, "more")):
+            impl, why = choose_quantised_impl(device, torch.float32, tokens, native is not None)
+            case = f"{device.upper()}, {label}, W in NF4 or FP8"
+            found.append({"op": "lora_linear", "case": case, "impl": impl, "why": why})
         impl, why = adapter.choose_impl(device, torch.float32)
         found.append({"op": "bottleneck_adapter", "case": device.upper(), "impl": impl, "why": why})
         for tokens, label in (

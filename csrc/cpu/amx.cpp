@@ -44,7 +44,7 @@ FUSEDPEFT_INLINE void tile_dot() {
 }  // namespace fusedpeft::cpu
 
 #include "adapter_train_tiles.h"
-#include "multi_lora_tiles.h"
+#include "quantised_tiles.h"
 
 namespace fusedpeft::cpu::amx {
 
@@ -57,6 +57,7 @@ bool here() {
 
 void adapter_train(const AdapterTrain& a) { TileTrain(a).run(); }
 void decode(const Decode& d) { decode_in_tiles<Pairs>(d); }
+void decode_quantised(const Decode& d, const Quantised& w) { decode_quantised_in_tiles<Pairs>(d, w); }
 void multi_lora(const MultiLora& d) { run_multi(TileCall<Pairs>(d)); }
 
 }  // namespace fusedpeft::cpu::amx
@@ -69,6 +70,7 @@ namespace fusedpeft::cpu::amx {
 bool here() { return false; }
 void adapter_train(const AdapterTrain& a) { avx512::adapter_train(a); }
 void decode(const Decode& d) { avx512_bf16::decode(d); }
+void decode_quantised(const Decode& d, const Quantised& w) { avx512::decode_quantised(d, w); }
 void multi_lora(const MultiLora& d) { avx512_bf16::multi_lora(d); }
 
 }  // namespace fusedpeft::cpu::amx

@@ -21,6 +21,40 @@ inline F half(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + part));
 }
 
+struct Nf4Table {
+  F low, high;  // the first eight numbers, the others
+
+  Nf4Table(const float* from, float factor)
+      : low(_mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(factor))),
+        high(_mm256_mul_ps(_mm256_loadu_ps(from + 8), _mm256_set1_ps(factor))) {}
+  F at(const uint8_t* p) const {  // a permutation looks at the low three bits of its lanes
+    int bytes;
+    __builtin_memcpy(&bytes, p, 4);
+    const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
+    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
+    const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // the fourth as a sign
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
+                            _mm256_permutevar8x32_ps(high, code), upper);
+  }
+};
+
+// As halves, whose exponent has a bit more.
+inline F e4m3(const uint8_t* p) {
+  const __m128i code = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(code, 7), _mm_set1_epi16(-0x4080)));
+}
+inline bool any_nan(const uint8_t* p) {
+  const __m256i sign = _mm256_set1_epi8(-128), ones = _mm256_set1_epi8(-1);
+  const auto nan = [&](const uint8_t* q) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(q));
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_or_si256(codes, sign), ones));
+  };
+  return (nan(p) | nan(p + 32)) != 0;
+}
+inline void put_half(F v, Float16* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
+}
+
 }  // namespace
 }  // namespace fusedpeft::cpu
 
@@ -30,12 +64,15 @@ inline F half(const Float16* p) {
 #include "dropout.h"
 #include "multi_lora.h"
 #include "prefix_decode.h"
+#include "quantised.h"
 
 namespace fusedpeft::cpu::avx2 {
 
 void adapters(const Adapters& a) { adapters_any(a); }
 void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
 void decode(const Decode& d) { decode_any(d); }
+void decode_quantised(const Decode& d, const Quantised& w) { decode_quantised_any(d, w); }
+void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void multi_lora(const MultiLora& d) { multi_any(d); }

@@ -19,6 +19,25 @@ void lora_decode(const void* x, const void* w, const void* a, const void* b, con
                  void* y, int64_t m, int64_t k, int64_t n, int64_t r, int64_t sx, int64_t sw,
                  int64_t sa, int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype);
 
+// Rows of W [n, k] in 4 or 8 bits, as pyext/ops/quantised.py lays them out.
+struct Quantised {
+  const uint8_t* codes;
+  const void* scale;  // NF4: absmax, of fp32, or where there is a book of uint8; FP8: fp32
+  const float *book, *absmax2, *offset;  // null: absmax is not quantised
+  int64_t n, k, block;                   // block 0: FP8
+  bool by_row;                           // FP8: whether each row has its scale
+};
+
+// out[rows, cols] = W[row.., col..] in fp32, rounded to dtype. col is even. Throws
+// std::invalid_argument for what lies outside of W, or other codes.
+void dequantise(const Quantised& w, void* out, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                int64_t so, int dtype);
+
+// As lora_decode over such a W; a number of W is what it is in fp32.
+void lora_decode_quantised(const void* x, const Quantised& w, const void* a, const void* b,
+                           const void* bias, void* y, int64_t m, int64_t r, int64_t sx, int64_t sa,
+                           int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype);
+
 enum Norm : int { kNoNorm = 0, kLayerNorm = 1, kRmsNorm = 2 };  // codes as in multi_adapter.py
 enum Activation : int { kRelu, kGelu, kGeluTanh, kSilu, kTanh, kLeakyRelu };
 

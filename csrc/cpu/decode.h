@@ -16,22 +16,37 @@ namespace {
 
 // --- the call -----------------------------------------------------------------------------------
 
-// x, w and y of T, adapters of TA; PW, PA: the products of x with w and with a; G: largest group.
-template <class T, class TA, class PW, class PA, int G>
+// W as Call takes it: rows of T in memory.
+template <class T>
+struct Dense {
+  const T* w;
+  int64_t stride;
+
+  // acc[i, m] = row n + i times token m.
+  template <class P, int G>
+  FUSEDPEFT_INLINE void products(F* acc, int64_t n, int64_t rows, const Tokens<P>& x,
+                                 const Groups& groups) const {
+    dot_rows<P, G>(acc, true, w + n * stride, stride, rows, x, groups, true);
+  }
+};
+
+// x and y of T, adapters of TA; PW, PA: the products of x with W and with a; G: largest group.
+template <class T, class TA, class PW, class PA, int G, class W>
 struct Call {
   using PB = Wide<TA>;
   static constexpr int kRows = rows_for(G);
 
   const Decode& d;
-  const T *w, *bias;
+  const W w;
+  const T* bias;
   const TA *a, *b;
   Groups groups;
   Tokens<PB> s;
   Packings<T, PW, PA> x;
 
-  explicit Call(const Decode& d)
+  Call(const Decode& d, const W& w)
       : d(d),
-        w(static_cast<const T*>(d.w)),
+        w(w),
         bias(static_cast<const T*>(d.bias)),
         a(static_cast<const TA*>(d.a)),
         b(static_cast<const TA*>(d.b)),
@@ -69,7 +84,7 @@ struct Call {
     if (begin >= end) ready();
     for (int64_t n = begin; n < end; n += kRows) {
       const int64_t rows = min_of(kRows, end - n);
-      dot_rows<PW, G>(acc, true, w + n * d.sw, d.sw, rows, x.w, groups, true);
+      w.template products<PW, G>(acc, n, rows, x.w, groups);
       if (n == begin) ready();
       dot_rows<PB, G>(acc, false, b + n * d.sb, d.sb, rows, s, groups, false);
       for (int64_t i = n; i < n + rows; ++i) {
@@ -103,16 +118,21 @@ struct Call {
   }
 };
 
+template <class T, class TA, class PW, class PA, class W>
+void decode_as(const Decode& d, const W& w) {
+  switch (Groups(static_cast<int>(d.m)).size) {
+    case 1: return Call<T, TA, PW, PA, 1, W>(d, w).run();
+    case 2: return Call<T, TA, PW, PA, 2, W>(d, w).run();
+    case 3: return Call<T, TA, PW, PA, 3, W>(d, w).run();
+    case 4: return Call<T, TA, PW, PA, 4, W>(d, w).run();
+    case 5: return Call<T, TA, PW, PA, kGroup < 5 ? 1 : 5, W>(d, w).run();
+    default: return Call<T, TA, PW, PA, kGroup < 6 ? 1 : 6, W>(d, w).run();
+  }
+}
+
 template <class T, class TA, class PW, class PA>
 void decode_as(const Decode& d) {
-  switch (Groups(static_cast<int>(d.m)).size) {
-    case 1: return Call<T, TA, PW, PA, 1>(d).run();
-    case 2: return Call<T, TA, PW, PA, 2>(d).run();
-    case 3: return Call<T, TA, PW, PA, 3>(d).run();
-    case 4: return Call<T, TA, PW, PA, 4>(d).run();
-    case 5: return Call<T, TA, PW, PA, kGroup < 5 ? 1 : 5>(d).run();
-    default: return Call<T, TA, PW, PA, kGroup < 6 ? 1 : 6>(d).run();
-  }
+  decode_as<T, TA, PW, PA>(d, Dense<T>{static_cast<const T*>(d.w), d.sw});
 }
 
 template <class T>

@@ -22,6 +22,8 @@ struct Level {
   void (*prefix_decode)(const PrefixDecode&);
   void (*multi_lora)(const MultiLora&);
   void (*adapter_train)(const AdapterTrain&);
+  void (*dequantise)(const Dequantise&);
+  void (*decode_quantised)(const Decode&, const Quantised&);
 };
 
 #if defined(__x86_64__)
@@ -42,6 +44,9 @@ void multi_lora_in_tiles(const MultiLora& d) {
 void adapter_train_in_tiles(const AdapterTrain& a) {
   return fit_tiles(a) ? amx::adapter_train(a) : avx512::adapter_train(a);
 }
+void decode_quantised_in_tiles(const Decode& d, const Quantised& w) {
+  return fit_tiles(d) ? amx::decode_quantised(d, w) : avx512::decode_quantised(d, w);
+}
 #endif
 
 // Best first.
@@ -57,19 +62,24 @@ const Level* levels(int* count) {
   static const bool tiles = bf16 && amx::here();
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_tiles, adapter_train_in_tiles},
+       multi_lora_in_tiles, adapter_train_in_tiles, avx512::dequantise, decode_quantised_in_tiles},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_bf16, avx512::adapter_train},
+       multi_lora_in_bf16, avx512::adapter_train, avx512::dequantise,
+       avx512::decode_quantised},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
-       avx512::multi_lora, avx512::adapter_train},
+       avx512::multi_lora, avx512::adapter_train, avx512::dequantise,
+       avx512::decode_quantised},
       {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
-       avx2::multi_lora, avx2::adapter_train},
+       avx2::multi_lora, avx2::adapter_train, avx2::dequantise,
+       avx2::decode_quantised},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
-       portable::prefix_decode, portable::multi_lora, portable::adapter_train}};
+       portable::prefix_decode, portable::multi_lora, portable::adapter_train, portable::dequantise,
+       portable::decode_quantised}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
                                portable::dropout, portable::prefix_decode, portable::multi_lora,
-                               portable::adapter_train}};
+                               portable::adapter_train, portable::dequantise,
+                               portable::decode_quantised}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -159,6 +169,43 @@ void lora_decode(const void* x, const void* w, const void* a, const void* b, con
     level().decode({static_cast<const char*>(x) + i * sx * bytes, w, a, b, bias,
                     static_cast<char*>(y) + i * sy * bytes, m - i < most ? m - i : most, k, n, r, sx,
                     sw, sa, sb, sy, static_cast<float>(scale), dtype, adapter_dtype});
+  }
+}
+
+// Sizes that nothing could be, of W and of the kernels.
+void check_quantised(const Quantised& w) {
+  check(w.n >= 0, "n: expected >= 0", w.n);
+  check(w.k >= 0 && (w.block == 0 || w.k % 2 == 0), "k: expected >= 0, even in NF4", w.k);
+  check(w.block == 0 || w.block >= 64, "block: expected 0 (FP8) or >= 64", w.block);
+}
+
+void dequantise(const Quantised& w, void* out, int64_t row, int64_t rows, int64_t col, int64_t cols,
+                int64_t so, int dtype) {
+  check(dtype >= kFloat32 && dtype <= kFloat16, "dtype: expected 0, 1 or 2", dtype);
+  check_quantised(w);
+  check(row >= 0 && row <= w.n, "row: expected 0..n", row);
+  check(rows >= 0 && rows <= w.n - row, "rows: expected 0..n - row", rows);
+  check(col >= 0 && col <= w.k && col % 2 == 0, "col: expected 0..k, even", col);
+  check(cols >= 0 && cols <= w.k - col, "cols: expected 0..k - col", cols);
+  level().dequantise({w, out, row, rows, col, cols, so, dtype});
+}
+
+void lora_decode_quantised(const void* x, const Quantised& w, const void* a, const void* b,
+                           const void* bias, void* y, int64_t m, int64_t r, int64_t sx, int64_t sa,
+                           int64_t sb, int64_t sy, double scale, int dtype, int adapter_dtype) {
+  check(dtype >= kFloat32 && dtype <= kFloat16, "dtype: expected 0, 1 or 2", dtype);
+  check(adapter_dtype == dtype || adapter_dtype == kFloat32,
+        "adapter_dtype: expected dtype's or 0", adapter_dtype);
+  check_quantised(w);
+  check(m >= 0, "m: expected >= 0", m);
+  check(r >= 1, "r: expected >= 1", r);
+  const int64_t bytes = dtype == kFloat32 ? 4 : 2, most = 16;
+  for (int64_t i = 0; i < m && w.n > 0; i += most) {
+    level().decode_quantised(
+        {static_cast<const char*>(x) + i * sx * bytes, nullptr, a, b, bias,
+         static_cast<char*>(y) + i * sy * bytes, m - i < most ? m - i : most, w.k, w.n, r, sx, 0, sa,
+         sb, sy, static_cast<float>(scale), dtype, adapter_dtype},
+        w);
   }
 }
 

@@ -14,6 +14,13 @@ struct Decode {
   int dtype, adapter_dtype;
 };
 
+struct Dequantise {
+  Quantised w;
+  void* out;
+  int64_t row, rows, col, cols, so;
+  int dtype;
+};
+
 // An adapter of rank > 0 beside the tokens of a batch that name its slot, of one part of N.
 struct LoraPart {
   const void *a, *b;
@@ -103,6 +110,8 @@ namespace portable {
 void adapters(const Adapters& a);
 void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
+void decode_quantised(const Decode& d, const Quantised& w);
+void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
@@ -112,6 +121,8 @@ namespace avx2 {
 void adapters(const Adapters& a);
 void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
+void decode_quantised(const Decode& d, const Quantised& w);
+void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
@@ -120,6 +131,8 @@ namespace avx512 {
 void adapters(const Adapters& a);
 void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
+void decode_quantised(const Decode& d, const Quantised& w);
+void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
@@ -133,6 +146,7 @@ namespace amx {
 bool here();  // asks the kernel for the tiles, once
 void adapter_train(const AdapterTrain& a);
 void decode(const Decode& d);
+void decode_quantised(const Decode& d, const Quantised& w);
 void multi_lora(const MultiLora& d);
 }  // namespace amx
 #endif

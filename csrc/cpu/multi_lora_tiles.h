@@ -17,7 +17,9 @@
 namespace fusedpeft::cpu {
 namespace {
 
-template <class Pairs>
+struct InMemory {};  // W's rows, where they are not made; see MadeOfCodes in quantised_tiles.h
+
+template <class Pairs, class Rows = InMemory>
 struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
   using Base = MultiCall<BFloat16, BFloat16, Pairs, Pairs>;
   using Base::bias, Base::d, Base::w;
@@ -29,6 +31,7 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
   // of B and S; kFew ranks of B and S.
   enum { kSum0, kSum1, kW, kX, kB, kS };
 
+  const Rows made;
   const int64_t columns;  // tokens of a tile: a power of two, so that no row lies in two lines
   uint32_t *xs, *ss;      // pairs of x: [batch, K / 2, columns]; of a part's S: [2, ranks / 2, columns]
 
@@ -39,8 +42,8 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
   }
   static int64_t x_size(const MultiLora& d) { return d.batch_count * d.k / 2 * columns_for(d); }
 
-  explicit TileCall(const MultiLora& d)
-      : Base(d, x_size(d) + d.s_size * columns_for(d)), columns(columns_for(d)) {
+  explicit TileCall(const MultiLora& d, const Rows& made = {})
+      : Base(d, x_size(d) + d.s_size * columns_for(d)), made(made), columns(columns_for(d)) {
     xs = reinterpret_cast<uint32_t*>(this->s + d.s_size + this->x.floats(d.m, d.k));
     ss = xs + x_size(d);
   }
@@ -149,6 +152,7 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
   void base(const Batch& batch, int64_t n, int64_t stop) const {
     const int64_t pieces = d.k / kPiece, row = d.sw * 2, step = kPiece / 2 * columns;
     const uint32_t* x = xs + (&batch - d.batches) * pieces * step;
+    if constexpr (!__is_same(Rows, InMemory)) return base_made(x, n, stop);
     const char* from = reinterpret_cast<const char*>(w + n * d.sw);
     const char* next = reinterpret_cast<const char*>(w + stop * d.sw);
     tile_zero<kSum0>();
@@ -163,6 +167,26 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
         tile_dot<kSum0, kW, kX>();
       } else {
         tile_dot<kSum1, kW, kX>();
+      }
+    }
+  }
+
+  void base_made(const uint32_t* x, int64_t n, int64_t stop) const {
+    constexpr int64_t kMade = 512, kStride = kMade + kPiece;
+    alignas(kLine) BFloat16 rows[kSplit * kStride];
+    tile_zero<kSum0>();
+    tile_zero<kSum1>();
+    for (int64_t col = 0; col < d.k; col += kMade) {
+      const int64_t cols = min_of(kMade, d.k - col);
+      made(n, stop - n, col, cols, rows, kStride);
+      for (int64_t j = 0; j < cols; j += kPiece, x += kPiece / 2 * columns) {
+        tile_load<kX>(x, 4 * columns);
+        tile_load<kW>(rows + j, 2 * kStride);
+        if (j / kPiece % 2 == 0) {
+          tile_dot<kSum0, kW, kX>();
+        } else {
+          tile_dot<kSum1, kW, kX>();
+        }
       }
     }
   }
@@ -214,16 +238,17 @@ struct TileCall : MultiCall<BFloat16, BFloat16, Pairs, Pairs> {
 };
 
 // One adapter for all tokens, of a rank that fills whole pieces.
-template <class Pairs>
-void decode_in_tiles(const Decode& d) {
+template <class Pairs, class Rows = InMemory>
+void decode_in_tiles(const Decode& d, const Rows& rows = {}) {
   int order[kTokens];
   for (int i = 0; i < d.m; ++i) order[i] = i;
   const int tokens = static_cast<int>(d.m);
   const int64_t stride = round_up(d.r, 16);
   const LoraPart part = {d.a, d.b, d.r, 0, d.n, d.sb, 0, stride, d.scale, 0, tokens, 0};
   const Batch batch = {0, tokens, 0, 1};
-  run_multi(TileCall<Pairs>({d.x, d.w, d.bias, d.y, d.m, d.k, d.n, d.sx, d.sw, d.sy, d.sa, order, &part,
-                             &batch, 1, 1, d.m * stride, d.dtype, d.adapter_dtype}));
+  const MultiLora call = {d.x, d.w, d.bias, d.y, d.m, d.k, d.n, d.sx, d.sw, d.sy, d.sa, order, &part,
+                          &batch, 1, 1, d.m * stride, d.dtype, d.adapter_dtype};
+  run_multi(TileCall<Pairs, Rows>(call, rows));
 }
 
 }  // namespace

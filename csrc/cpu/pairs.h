@@ -20,6 +20,10 @@ struct Pairs {
   static FUSEDPEFT_INLINE F mac(__m512bh w, __m512bh x, F acc) {
     return _mm512_dpbf16_ps(acc, w, x);
   }
+  static FUSEDPEFT_INLINE void narrow(const float* from, BFloat16* to) {  // subnormals become 0
+    const auto v = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + kWidth), _mm512_loadu_ps(from));
+    __builtin_memcpy(to, &v, sizeof v);
+  }
   static FUSEDPEFT_INLINE void pack(const BFloat16* from, BFloat16* to) {
     __builtin_memcpy(to, from, kBlock * sizeof *to);
   }

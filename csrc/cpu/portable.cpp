@@ -28,18 +28,22 @@ inline F half(const Float16* p) {
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "codes.h"
 #include "adapter_decode.h"
 #include "adapter_train.h"
 #include "decode.h"
 #include "dropout.h"
 #include "multi_lora.h"
 #include "prefix_decode.h"
+#include "quantised.h"
 
 namespace fusedpeft::cpu::portable {
 
 void adapters(const Adapters& a) { adapters_any(a); }
 void adapter_train(const AdapterTrain& a) { adapter_train_any(a); }
 void decode(const Decode& d) { decode_any(d); }
+void decode_quantised(const Decode& d, const Quantised& w) { decode_quantised_any(d, w); }
+void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void multi_lora(const MultiLora& d) { multi_any(d); }

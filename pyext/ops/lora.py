@@ -247,7 +247,8 @@ def lora_linear(
     by row, held constant in backward (Liu et al. 2024, §4.3) and kept until w, a or b is written in
     place (on a GPU a write through `.data` is not seen: `lora_dora.forget_norms`).
 
-    w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form ("aten", "triton").
+    w may be an `ops.NF4Weight` or `ops.FP8Weight`: frozen, read in its own form
+    ("native", which then takes gradients too, "aten", "triton").
 
     impl: None chooses by device and shape, on CUDA for forward and backward each (lora_choice.py;
     `fusedpeft doctor` shows it); "native" (C++ decode, CPU, at most 16 rows, no gradients), "cuda"

@@ -25,12 +25,15 @@ def wide(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.float() for t in tensors)
 
 
-def aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
+def aten_fwd(
+    x, w, a, b, bias, seed, scale: float, dropout_p: float, linear=F.linear
+) -> tuple[Tensor, Tensor]:
+    """linear, and mm below: the products with W, which may be no tensor."""
     if widens(x):
         with torch.autocast("cpu", enabled=False):
             y, s = aten_fwd(*wide(x, w, a, b, bias), seed, scale, dropout_p)
         return y.to(x.dtype), s.to(a.dtype)
-    y = F.linear(x, w, bias)
+    y = linear(x, w, bias)
     s = F.linear(dropout(x, dropout_p, seed).to(a.dtype), a)
     if a.dtype == y.dtype:
         y.addmm_(s, b.t(), alpha=scale)  # accumulates in place: no [M, N] temporary
@@ -39,7 +42,9 @@ def aten_fwd(x, w, a, b, bias, seed, scale: float, dropout_p: float) -> tuple[Te
     return y, s
 
 
-def aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool]):
+def aten_bwd(
+    dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list[bool], mm=torch.mm
+):
     if widens(dy):
         like = (dy, w, a, b, dy)
         with torch.autocast("cpu", enabled=False):
@@ -51,7 +56,7 @@ def aten_bwd(dy, x, w, a, b, s, seed, scale: float, dropout_p: float, need: list
     if need_x or need_a:
         ds = torch.mm(dya, b).mul_(scale)
     if need_x:
-        dx = torch.mm(dy, w)
+        dx = mm(dy, w)
         if dropout_p == 0.0 and a.dtype == dx.dtype:
             dx.addmm_(ds, a)
         else:

@@ -1,5 +1,5 @@
 """`ops.lora_linear` over a frozen base in 4 or 8 bits (quantised.py), which is never in memory as a
-whole in another form: some rows of it are, or in the Triton kernels tiles at few tokens.
+whole in another form: some MiB of it are, at few tokens tiles or, in C++, some rows in a cache.
 
     y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ,    dx = dy W + drop(scale · dy B A)
 """
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.dropout import dropout
+from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, aten_bwd, aten_fwd, wide, widens
 from fusedpeft.ops.quantised import NF4_CODE, QuantisedWeight
+from fusedpeft.ops.quantised_cpu import decode_ok, native_decode
 
 
 def _up(t: Tensor) -> torch.dtype:
@@ -21,40 +22,28 @@ def _up(t: Tensor) -> torch.dtype:
 # --- ATen ---------------------------------------------------------------------------------------
 
 
+def _linear(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    return weight.linear(x, bias)
+
+
+def _mm(dy: Tensor, weight: QuantisedWeight) -> Tensor:
+    return weight.mm(dy)
+
+
 def _aten_fwd(x, weight: QuantisedWeight, a, b, bias, seed, scale: float, p: float):
-    dtype = _up(x)  # W comes out of its codes in fp32, and 16-bit sums over chunks would round
-    x_up = x.to(dtype)
-    s = F.linear(dropout(x_up, p, seed), a.to(dtype))
-    y = torch.empty(x.shape[0], weight.shape[0], dtype=dtype, device=x.device)
-    for at, w in weight.chunks(dtype):
-        torch.mm(x_up, w.t(), out=y[:, at])
-        del w  # before the next is made
-    y.addmm_(s, b.to(dtype).t(), alpha=scale)
-    if bias is not None:
-        y += bias
+    tensors = (x, a, b, bias)
+    x_, a_, b_, bias_ = wide(*tensors) if widens(x) else tensors
+    y, s = aten_fwd(x_, weight, a_, b_, bias_, seed, scale, p, _linear)
     return y.to(x.dtype), s.to(_up(a))
 
 
 def _aten_bwd(dy, x, weight: QuantisedWeight, a, b, s, seed, scale: float, p: float, need):
-    need_x, need_a, need_b, need_bias = need
-    dx = da = db = dbias = dy.new_empty(0)
-    dtype = _up(dy)
-    dy_up = dy.to(dtype)
-    if need_x or need_a:
-        ds = torch.mm(dy_up, b.to(dtype)).mul_(scale)
-    if need_x:
-        dx = dropout(torch.mm(ds, a.to(dtype)), p, seed)
-        for at, w in weight.chunks(dtype):
-            dx.addmm_(dy_up[:, at], w)
-            del w
-        dx = dx.to(dy.dtype)
-    if need_a:
-        da = torch.mm(ds.t(), dropout(x.to(dtype), p, seed)).to(a.dtype)
-    if need_b:
-        db = torch.mm(s.to(dtype).t(), dy_up).mul_(scale).t().to(b.dtype).contiguous()
-    if need_bias:
-        dbias = dy_up.sum(0).to(dy.dtype)
-    return dx, da, db, dbias
+    tensors = (dy, x, a, b)
+    dy_, x_, a_, b_ = wide(*tensors) if widens(dy) else tensors
+    need = [need[0], False, *need[1:]]
+    grads = aten_bwd(dy_, x_, weight, a_, b_, s.to(a_.dtype), seed, scale, p, need, _mm)
+    dx, _, da, db, dbias = grads
+    return dx.to(dy.dtype), da.to(a.dtype), db.to(b.dtype), dbias.to(dy.dtype)
 
 
 # --- custom ops ---------------------------------------------------------------------------------
@@ -71,11 +60,28 @@ _lib.define(
 )
 
 
-def choose_impl(device_type: str, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
-    """(implementation, why) over a quantised base. Pure; `doctor` prints it."""
+def choose_impl(
+    device_type: str, dtype: torch.dtype = torch.float32, tokens: int = 1, native_ok: bool = True
+) -> tuple[str, str]:
+    """(implementation, why) over a quantised base. Pure; `doctor` prints it.
+
+    native_ok: the C++ kernel is built and takes these tensors.
+    """
     if device_type == "cuda" and dtype != torch.float64:
         return "triton", "W is dequantised in registers; from 256 tokens on, 16 MiB at a time"
-    return "aten", "some rows of W are dequantised at a time; no C++ for decode yet"
+    if device_type == "cpu" and native_ok and tokens <= MAX_DECODE_TOKENS:
+        return "native", f"at most {MAX_DECODE_TOKENS} tokens: one C++ pass over W's codes"
+    return "aten", "some MiB of W are dequantised at a time and multiplied by ATen"
+
+
+def native_here(x: Tensor, weight: QuantisedWeight, a: Tensor, b: Tensor, p: float) -> bool:
+    """Whether these rows, x [M, K], are the C++ kernel's."""
+    ok = p == 0.0 and decode_ok(x, weight, a, b)
+    return choose_impl(x.device.type, x.dtype, x.shape[0], ok)[0] == "native"
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _use_triton(t: Tensor, impl: str) -> bool:
@@ -97,6 +103,9 @@ def _forward(x, parts, layout, a, b, bias, seed, scale, dropout_p, impl):
         return lora_quantised_fwd(x, parts, *how, layout[0], a, b, scale, bias, dropout_p, seed)
     weight = QuantisedWeight.from_parts(parts, layout)
     with torch.autocast(x.device.type, enabled=False):
+        if impl in ("", "native") and native_here(x, weight, a, b, dropout_p):
+            s = F.linear(x.to(a.dtype), a).to(_up(a))
+            return native_decode(x, weight, a, b, bias, scale), s
         return _aten_fwd(x, weight, a, b, bias, seed, scale, dropout_p)
 
 
@@ -163,5 +172,14 @@ def lora_quantised(
 ) -> Tensor:  # fmt: skip
     """x [M, K] -> y [M, N]: what `ops.lora_linear` calls once all is checked. Saved: x, and S in
     fp32."""
+    quick = impl in ("", "native") and native_here(x, weight, a, b, dropout_p)
+    if quick and not _learns(x, a, b, bias):
+        return native_decode(x, weight, a, b, bias, scale)
+    if impl == "native" and not quick:
+        raise ValueError(
+            f"impl='native': expected <= {MAX_DECODE_TOKENS} rows on a CPU without dropout, of fp32, "
+            "bf16 or fp16 with unit inner strides and adapters of the same dtype or fp32, got "
+            f"{tuple(x.shape)} of {x.dtype}/{a.dtype} on {x.device}"
+        )
     args = (weight.parts(), weight.layout, a, b, bias, seed, scale, dropout_p, impl)
     return torch.ops.fusedpeft.lora_linear_quantised(x, *args)[0]

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.quantised_cpu import native_rows, readable, slabs
+
 # Quantiles of a normal distribution, symmetric about an exact zero (QLoRA, appendix E).
 NF4_CODE = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -65,7 +67,12 @@ class QuantisedWeight:
         return self.from_parts([t.to(device) for t in self.parts()], self.layout)
 
     def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """w[first:last] in fp32, then `dtype`."""
+        """w[first:last] in fp32, then `dtype`; in C++ where that can read it."""
+        made = native_rows if readable(*self.tensors()) else type(self).aten_rows
+        return made(self, first, last, dtype)
+
+    def aten_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """`rows` in plain torch: its specification."""
         raise NotImplementedError
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,6 +86,34 @@ class QuantisedWeight:
         for first in range(0, n, step):
             at = slice(first, min(first + step, n))
             yield at, self.rows(at.start, at.stop, dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] -> x Wᵀ + bias [M, N], some rows of W at a time."""
+        y = x.new_empty(x.shape[0], self.shape[0])
+        quick = readable(x, *self.tensors())
+        made = slabs(self, x.dtype, MAX_CHUNK_BYTES, False) if quick else self.chunks(x.dtype)
+        for at, w in made:
+            if bias is None:
+                torch.mm(x, w.t(), out=y[:, at])
+            else:
+                torch.addmm(bias[at], x, w.t(), out=y[:, at])
+            del w  # before the next is made
+        return y
+
+    def mm(self, dy: Tensor) -> Tensor:
+        """dy [M, N] -> dy W [M, K], some columns of W at a time, so that each sum is one product's;
+        without C++ some rows, summed in fp32 at least."""
+        if readable(dy, *self.tensors()):
+            dx = dy.new_empty(dy.shape[0], self.shape[1])
+            for at, w in slabs(self, dy.dtype, MAX_CHUNK_BYTES, True):
+                torch.mm(dy, w, out=dx[:, at])
+            return dx
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dx = dy.new_zeros(dy.shape[0], self.shape[1], dtype=wide)
+        for at, w in self.chunks(wide):
+            dx.addmm_(dy[:, at].to(wide), w)
+            del w
+        return dx.to(dy.dtype)
 
 
 def _expect(name: str, t: Tensor, dtype: torch.dtype, numel: int, why: str) -> None:
@@ -211,7 +246,7 @@ class NF4Weight(QuantisedWeight):
         coarse = coarse[first - low * BLOCK2 :][: last - first]
         return self.book.index_select(0, q.reshape(-1).int()) * coarse + self.offset
 
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def aten_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         k, size, total = self.shape[1], self.block_size, self.shape[0] * self.shape[1]
         start, stop = first * k, last * k
         if start == stop:
@@ -276,7 +311,7 @@ class FP8Weight(QuantisedWeight):
         scale = largest.clamp(min=torch.finfo(torch.float32).tiny * _E4M3_MAX) / _E4M3_MAX
         return cls((w / scale.view(-1, 1)).to(torch.float8_e4m3fn), scale)
 
-    def rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    def aten_rows(self, first: int, last: int, dtype: torch.dtype) -> Tensor:
         scale = self.scale.reshape(-1)
         scale = scale if scale.numel() == 1 else scale[first:last]
         codes = self.data[first:last].view(torch.uint8)

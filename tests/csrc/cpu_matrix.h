@@ -84,3 +84,4 @@ inline double step_of(int dtype) {
 }  // namespace fusedpeft::cpu
 
 void multi_lora_checks();  // cpu_multi_lora.cpp
+void quantised_checks();   // cpu_quantised.cpp

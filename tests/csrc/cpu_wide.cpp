@@ -20,12 +20,14 @@ F half(const Float16* p);
 }  // namespace
 }  // namespace fusedpeft::cpu
 
+#include "cpu/codes.h"
 #include "cpu/adapter_decode.h"
 #include "cpu/adapter_train.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
 #include "cpu/multi_lora.h"
 #include "cpu/prefix_decode.h"
+#include "cpu/quantised.h"
 
 namespace fusedpeft::cpu {
 namespace {
@@ -54,6 +56,9 @@ struct Pairs {
   static F mac(const V& w, const V& x, F acc) {
     for (int i = 0; i < kBlock; ++i) acc[i / 2] += to_float(w.at[i]) * to_float(x.at[i]);
     return acc;
+  }
+  static void narrow(const float* from, BFloat16* to) {
+    for (int i = 0; i < kBlock; ++i) from_float(from[i], to + i);
   }
   static void pack(const BFloat16* from, BFloat16* to) {
     __builtin_memcpy(to, from, kBlock * sizeof *to);
@@ -130,7 +135,7 @@ void tile_dot() {
 }  // namespace fusedpeft::cpu
 
 #include "cpu/adapter_train_tiles.h"
-#include "cpu/multi_lora_tiles.h"
+#include "cpu/quantised_tiles.h"
 
 namespace fusedpeft::cpu {
 
@@ -149,6 +154,10 @@ void decode(const Decode& d) {
   if (d.adapter_dtype == kBFloat16) return decode_as<BFloat16, BFloat16, Pairs, Pairs>(d);
   return decode_as<BFloat16, float, Pairs, Wide<float>>(d);
 }
+void decode_quantised(const Decode& d, const Quantised& w) {
+  return fit_tiles(d) ? decode_quantised_in_tiles<Pairs>(d, w) : decode_quantised_any(d, w);
+}
+void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void multi_lora(const MultiLora& d) {

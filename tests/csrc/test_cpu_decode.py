@@ -57,7 +57,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         made = folder / f"{source.stem}.o"
         if source.stem.startswith(("amx", "avx512")):  # some warnings need -O1
             how = ["-O1"]
-        elif source.stem in ("cpu_driver", "cpu_multi_lora"):  # whose sums in double take the time
+        elif source.stem in ("cpu_driver", "cpu_multi_lora", "cpu_quantised"):  # whose sums in double take the time
             how = ["-O2", *SANITIZE]
         else:  # a third of -O1's time, and nothing is optimised away before it is checked
             how = ["-O0", *SANITIZE]
@@ -65,7 +65,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         assert done.returncode == 0, done.stderr[-4000:]
         return made
 
-    own = (here / f"{name}.cpp" for name in ("cpu_wide", "cpu_driver", "cpu_multi_lora"))
+    own = (here / f"{name}.cpp" for name in ("cpu_wide", "cpu_driver", "cpu_multi_lora", "cpu_quantised"))
     sources = [*own, *sorted((CSRC / "cpu").glob("*.cpp"))]  # what takes longest comes first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {made.stem: made for made in pool.map(compile_one, sources)}
@@ -101,6 +101,10 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, w, a, b = (torch.randn(*s, generator=g).to(dtype) for s in sizes)
         out[f"{dtype} {m}"] = ops.lora_linear(x, w, a, b, 0.1, impl="native")
         out[f"{dtype} {m} mask"] = dropout(x, 0.3, torch.tensor([5]))
+        for q in (ops.NF4Weight.quantise(w[:, 1:], double=True), ops.FP8Weight.quantise(w[:, 1:])):
+            kind = type(q).__name__
+            out[f"{dtype} {m} {kind}"] = ops.lora_linear(x[:, 1:], q, a[:, 1:], b, 0.1, impl="native")
+            out[f"{dtype} {m} {kind} rows"] = q.dequantise(dtype)
 torch.save(out, sys.argv[1])
 """
 
@@ -117,7 +121,7 @@ def test_instruction_sets_agree(tmp_path):
     best, *others = found.values()
     for other in others:
         for name, want in best.items():
-            if name.endswith("mask"):
+            if name.endswith(("mask", "rows")):
                 assert torch.equal(other[name], want), name
             else:  # sums of some 500 products of size 1, then one rounding
                 step = torch.finfo(want.dtype).eps

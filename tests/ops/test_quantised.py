@@ -226,7 +226,9 @@ NF4, U8 = ops.NF4Weight.quantise(W), torch.uint8
          r"b: .*\(6, 2\), got \(5, 2\)"),
         (lambda: ops.lora_linear(X, NF4.to("meta"), A, B, 1.0), ValueError,
          "w: expected device cpu"),
-        (lambda: ops.lora_linear(X, NF4, A, B, 1.0, impl="native"), ValueError, "got 'native'"),
+        (lambda: ops.lora_linear(X, NF4, A, B, 1.0, impl="cuda"), ValueError, "got 'cuda'"),
+        (lambda: ops.lora_linear(X.expand(17, 3, 64)[:, 0], NF4, A, B, 1.0, impl="native"),
+         ValueError, r"impl='native': expected <= 16 rows .*got \(17, 64\)"),
         (lambda: ops.lora_linear([1.0], NF4, A, B, 1.0), TypeError, r"x: expected a Tensor"),
         (lambda: ops.lora_linear_multi(X, [NF4], [A], [B], [1.0]), TypeError,
          r"projection 0: w: expected a Tensor \[N, K\], got NF4Weight"),
@@ -240,7 +242,7 @@ def test_bad_input(make, error, message):
 def test_the_choice_of_implementation():
     from fusedpeft.ops.lora_quantised import choose_impl
 
-    assert choose_impl("cpu")[0] == choose_impl("meta")[0] == "aten"
+    assert choose_impl("cpu", tokens=17)[0] == choose_impl("meta")[0] == "aten"
     assert choose_impl("cuda")[0] == "triton"
 
 
