@@ -21,20 +21,41 @@ inline F half(const Float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + part));
 }
 
-struct Nf4Table {
+struct Nf4Floats {
+  static constexpr int kCount = 8;
   F low, high;  // the first eight numbers, the others
 
-  Nf4Table(const float* from, float factor)
-      : low(_mm256_mul_ps(_mm256_loadu_ps(from), _mm256_set1_ps(factor))),
-        high(_mm256_mul_ps(_mm256_loadu_ps(from + 8), _mm256_set1_ps(factor))) {}
-  F at(const uint8_t* p) const {  // a permutation looks at the low three bits of its lanes
+  explicit Nf4Floats(const float* from)
+      : low(_mm256_loadu_ps(from)), high(_mm256_loadu_ps(from + 8)) {}
+  void put(const uint8_t* codes, float* out) const {  // a permutation looks at the low three bits
     int bytes;
-    __builtin_memcpy(&bytes, p, 4);
+    __builtin_memcpy(&bytes, codes, 4);
     const __m256i shift = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
-    const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));  // the fourth as a sign
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
-                            _mm256_permutevar8x32_ps(high, code), upper);
+    const __m256i at = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shift);
+    const F upper = _mm256_castsi256_ps(_mm256_slli_epi32(at, 28));  // the fourth bit as a sign
+    _mm256_storeu_ps(out, _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at),
+                                           _mm256_permutevar8x32_ps(high, at), upper));
+  }
+};
+struct Nf4Words {
+  static constexpr int kCount = 16;
+  __m128i low, high;  // the numbers' bytes
+
+  explicit Nf4Words(const void* from) {
+    const auto* p = static_cast<const __m128i*>(from);
+    const __m128i first = _mm_loadu_si128(p), second = _mm_loadu_si128(p + 1);
+    const __m128i byte = _mm_set1_epi16(0xff);
+    low = _mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte));
+    high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+  }
+  void put(const uint8_t* codes, void* out) const {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m128i at = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), nibble),
+                                         _mm_and_si128(bytes, nibble));
+    const __m128i lows = _mm_shuffle_epi8(low, at), highs = _mm_shuffle_epi8(high, at);
+    _mm_storeu_si128(static_cast<__m128i*>(out), _mm_unpacklo_epi8(lows, highs));
+    _mm_storeu_si128(static_cast<__m128i*>(out) + 1, _mm_unpackhi_epi8(lows, highs));
   }
 };
 
@@ -51,7 +72,7 @@ inline bool any_nan(const uint8_t* p) {
   };
   return (nan(p) | nan(p + 32)) != 0;
 }
-inline void put_half(F v, Float16* p) {
+inline void put(F v, Float16* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, 0));
 }
 

@@ -19,19 +19,35 @@ inline F half(const Float16* p) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + part));
 }
 
-struct Nf4Table {
+struct Nf4Floats {
+  static constexpr int kCount = 16;
   F numbers;
 
-  Nf4Table(const float* from, float factor)
-      : numbers(_mm512_loadu_ps(from) * factor) {}
-  F at(const uint8_t* p) const {  // a permutation looks at the low four bits of its lanes
+  explicit Nf4Floats(const float* from) : numbers(_mm512_loadu_ps(from)) {}
+  void put(const uint8_t* codes, float* out) const {  // lanes but for their low four bits are ignored
     int low, high;
-    __builtin_memcpy(&low, p, 4);
-    __builtin_memcpy(&high, p + 4, 4);
+    __builtin_memcpy(&low, codes, 4);
+    __builtin_memcpy(&high, codes + 4, 4);
     const __m512i bytes = _mm512_mask_set1_epi32(_mm512_set1_epi32(low), 0xff00, high);
     const __m512i shift =
         _mm512_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24, 4, 0, 12, 8, 20, 16, 28, 24);
-    return _mm512_maskz_permutexvar_ps(0xffff, _mm512_maskz_srlv_epi32(0xffff, bytes, shift), numbers);
+    const __m512i at = _mm512_maskz_srlv_epi32(0xffff, bytes, shift);
+    _mm512_storeu_ps(out, _mm512_maskz_permutexvar_ps(0xffff, at, numbers));
+  }
+};
+struct Nf4Words {
+  static constexpr int kCount = 32;
+  __m512i numbers;  // twice, as a permutation looks at five bits
+
+  explicit Nf4Words(const void* from)
+      : numbers(_mm512_maskz_broadcast_i64x4(
+            0xff, _mm256_loadu_si256(static_cast<const __m256i*>(from)))) {}
+  void put(const uint8_t* codes, void* out) const {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m512i wide = _mm512_maskz_cvtepu8_epi32(0xffff, bytes);
+    const __m512i at = _mm512_or_si512(_mm512_maskz_srli_epi32(0xffff, wide, 4),
+                                       _mm512_maskz_slli_epi32(0xffff, wide, 16));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(at, numbers));
   }
 };
 
@@ -45,7 +61,7 @@ inline bool any_nan(const uint8_t* p) {
   const __m512i sign = _mm512_set1_epi8(-128), codes = _mm512_loadu_si512(p);
   return _mm512_cmpeq_epi8_mask(_mm512_or_si512(codes, sign), _mm512_set1_epi8(-1)) != 0;
 }
-inline void put_half(F v, Float16* p) {
+inline void put(F v, Float16* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, 0));
 }
 

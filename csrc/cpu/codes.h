@@ -6,18 +6,20 @@
 namespace fusedpeft::cpu {
 namespace {
 
-struct Nf4Table {
-  float numbers[16];
+template <class T>
+struct Nf4Numbers {
+  static constexpr int kCount = 4;
+  T numbers[16];
 
-  Nf4Table(const float* from, float factor) {
-    for (int i = 0; i < 16; ++i) numbers[i] = from[i] * factor;
-  }
-  F at(const uint8_t* p) const {
-    F v;
-    for (int i = 0; i < kWidth; i += 2) v[i] = numbers[p[i / 2] >> 4], v[i + 1] = numbers[p[i / 2] & 15];
-    return v;
+  explicit Nf4Numbers(const void* from) { __builtin_memcpy(numbers, from, sizeof numbers); }
+  void put(const uint8_t* codes, void* out) const {
+    const T found[] = {numbers[codes[0] >> 4], numbers[codes[0] & 15], numbers[codes[1] >> 4],
+                       numbers[codes[1] & 15]};
+    __builtin_memcpy(out, found, sizeof found);
   }
 };
+using Nf4Floats = Nf4Numbers<float>;
+using Nf4Words = Nf4Numbers<uint16_t>;
 
 inline F e4m3(const uint8_t* p) {
   F v;
@@ -30,7 +32,7 @@ inline bool any_nan(const uint8_t* p) {
   for (int i = 0; i < 64; ++i) found |= (p[i] & 0x7f) == 0x7f;
   return found;
 }
-inline void put_half(F v, Float16* p) {
+inline void put(F v, Float16* p) {
   for (int i = 0; i < kWidth; ++i) from_float(v[i], p + i);
 }
 

@@ -1,12 +1,13 @@
 // Rows of W out of its codes in 4 or 8 bits, and decode over them; the layouts are those of
 // pyext/ops/quantised.py. Beside what products.h asks for, the instruction set's file has defined
-//   Nf4Table                     made of 16 floats and a factor; at(p): kWidth of its numbers, for
-//                                the nibbles of kWidth / 2 bytes, the high one of a byte first
+//   Nf4Floats, Nf4Words          made of 16 numbers of 32 or 16 bits; put(codes, out): kCount of them,
+//                                for the nibbles of kCount / 2 bytes, the high one of a byte first
 //   e4m3(const uint8_t*)         kWidth numbers of 8 bits times 2^-8, none of them NaN
 //   any_nan(const uint8_t*)      whether one of 64 is
-//   put_half(F, Float16*)        rounded to nearest, ties to even
+//   put(F, Float16*)             rounded to nearest, ties to even
 //
-// W's numbers are those of the specification to the bit: each is a code times a factor, rounded once.
+// W's numbers are those of the specification to the bit: each is a code times a factor, rounded to
+// fp32 and then to what is asked for; NF4 does that once for all numbers of a block.
 #pragma once
 
 #include "decode.h"
@@ -35,21 +36,46 @@ FUSEDPEFT_INLINE float nf4_scale(const Quantised& w, int64_t block) {
   return rounded(fine * w.absmax2[block / kBlocks2]) + *w.offset;
 }
 
+FUSEDPEFT_INLINE void put(F v, BFloat16* p) {  // as from_float
+  typedef uint16_t H __attribute__((vector_size(2 * kWidth)));
+  const U u = reinterpret_cast<U>(v), is_nan = reinterpret_cast<U>((u & 0x7fffffffu) > 0x7f800000u);
+  const U near = (u + 0x7fffu + (u >> 16 & 1u)) >> 16, nan = u >> 16 | 0x40u;
+  const H out = __builtin_convertvector((is_nan & nan) | (~is_nan & near), H);
+  __builtin_memcpy(p, &out, sizeof out);
+}
+
+template <class T>
+struct Nf4Table {
+  using Of = Nf4Words;
+};
+template <>
+struct Nf4Table<float> {
+  using Of = Nf4Floats;
+};
+
 // out[cols]: elements from column `col`, an even one, of a row on.
+template <class T>
 __attribute__((noinline)) void nf4_values(const Quantised& w, int64_t row, int64_t col, int64_t cols,
-                                          float* out) {
-  int64_t e = row * w.k + col;
+                                          T* out) {
+  using Table = typename Nf4Table<T>::Of;
+  constexpr int kCount = Table::kCount, kStep = 64;  // no block is shorter
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(w.block));
+  int64_t e = row * w.k + col, block = e >> shift;
   const int64_t stop = e + cols;
-  while (e < stop) {
-    const int64_t block = e / w.block, end = min_of((block + 1) * w.block, stop);
+  const uint8_t* codes = w.codes + e / 2;
+  for (; e < stop; ++block) {
+    const int64_t end = min_of((block + 1) << shift, stop);
     const float scale = nf4_scale(w, block);
-    const uint8_t* codes = w.codes + e / 2;
-    const Nf4Table table(kNf4, scale);
-    for (; e + kWidth <= end; e += kWidth, codes += kWidth / 2, out += kWidth)
-      put(table.at(codes), out);
+    alignas(kLine) T numbers[16];
+    for (int i = 0; i < 16; i += kWidth) put(at(kNf4 + i) * scale, numbers + i);
+    const Table table(numbers);
+    for (; e + kStep <= end; e += kStep, codes += kStep / 2, out += kStep)
+#pragma GCC unroll 16
+      for (int i = 0; i < kStep; i += kCount) table.put(codes + i / 2, out + i);
+    for (; e + kCount <= end; e += kCount, codes += kCount / 2, out += kCount) table.put(codes, out);
     for (; e < end; e += 2, ++codes) {
-      *out++ = kNf4[*codes >> 4] * scale;
-      if (e + 1 < end) *out++ = kNf4[*codes & 15] * scale;
+      *out++ = numbers[*codes >> 4];
+      if (e + 1 < end) *out++ = numbers[*codes & 15];
     }
   }
 }
@@ -60,57 +86,59 @@ FUSEDPEFT_INLINE float one_e4m3(uint8_t code) {
                       : to_float(Float16{static_cast<uint16_t>(half)}) * 0x1p8f;
 }
 
-// Without `scaled` the codes alone.
+// Without `scaled` the codes alone, times 2^-8.
 template <bool scaled>
 __attribute__((noinline)) void fp8_values(const Quantised& w, int64_t row, int64_t col, int64_t cols,
                                           float* out) {
   constexpr int64_t kStep = 64;
   const uint8_t* codes = w.codes + row * w.k + col;
-  const float scale = scaled ? static_cast<const float*>(w.scale)[w.by_row ? row : 0] : 1.0f;
+  const float scale = scaled ? static_cast<const float*>(w.scale)[w.by_row ? row : 0] : 0x1p-8f;
+  const float factor = scale * 0x1p8f;  // exact, but for what overflows
+  const bool alone = factor - factor != 0;
   int64_t i = 0;
   for (; i + kStep <= cols; i += kStep) {
-    if (__builtin_expect(any_nan(codes + i), 0)) {
+    if (__builtin_expect(any_nan(codes + i) || alone, 0)) {
       for (int64_t j = i; j < i + kStep; ++j) out[j] = one_e4m3(codes[j]) * scale;
       continue;
     }
 #pragma GCC unroll 4
-    for (int64_t j = i; j < i + kStep; j += kWidth) {
-      const F v = e4m3(codes + j) * 0x1p8f;  // exact; the factors as one might overflow
-      put(scaled ? v * scale : v, out + j);
-    }
+    for (int64_t j = i; j < i + kStep; j += kWidth)
+      put(scaled ? e4m3(codes + j) * factor : e4m3(codes + j), out + j);
   }
   for (; i < cols; ++i) out[i] = one_e4m3(codes[i]) * scale;
 }
 
 // --- rows as numbers ----------------------------------------------------------------------------
 
-FUSEDPEFT_INLINE void put_numbers(const float* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-FUSEDPEFT_INLINE void put_numbers(const float* from, BFloat16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) from_float(from[i], to + i);
-}
-FUSEDPEFT_INLINE void put_numbers(const float* from, Float16* to, int64_t n) {
+template <class T>
+FUSEDPEFT_INLINE void put_numbers(const float* from, T* to, int64_t n) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) put_half(at(from + i), to + i);
+  for (; i + kWidth <= n; i += kWidth) put(at(from + i), to + i);
   for (; i < n; ++i) from_float(from[i], to + i);
+}
+
+FUSEDPEFT_INLINE void fp8_numbers(const Quantised& w, int64_t row, int64_t col, int64_t cols,
+                                  float* out) {
+  fp8_values<true>(w, row, col, cols, out);
+}
+template <class T>
+void fp8_numbers(const Quantised& w, int64_t row, int64_t col, int64_t cols, T* out) {
+  alignas(kLine) float piece[kPiece];
+  for (int64_t j = 0; j < cols; j += kPiece) {
+    const int64_t count = min_of(kPiece, cols - j);
+    fp8_values<true>(w, row, col + j, count, piece);
+    put_numbers(piece, out + j, count);
+  }
 }
 
 template <class T, bool nf4>
 void dequantise_rows(const Dequantise& d, int64_t begin, int64_t end) {
-  alignas(64) float piece[kPiece];
   for (int64_t i = begin; i < end; ++i) {
     T* out = static_cast<T*>(d.out) + i * d.so;
-    for (int64_t j = 0; j < d.cols; j += kPiece) {
-      const int64_t cols = min_of(kPiece, d.cols - j);
-      float* to = piece;
-      if constexpr (__is_same(T, float)) to = out + j;
-      if constexpr (nf4) {
-        nf4_values(d.w, d.row + i, d.col + j, cols, to);
-      } else {
-        fp8_values<true>(d.w, d.row + i, d.col + j, cols, to);
-      }
-      if constexpr (!__is_same(T, float)) put_numbers(piece, out + j, cols);
+    if constexpr (nf4) {
+      nf4_values(d.w, d.row + i, d.col, d.cols, out);
+    } else {
+      fp8_numbers(d.w, d.row + i, d.col, d.cols, out);
     }
   }
 }
@@ -155,7 +183,7 @@ struct Codes {
   __attribute__((noinline)) void products(F* acc, int64_t n, int64_t rows, const Tokens<P>& x,
                                           const Groups& groups) const {
     constexpr int64_t kRow = kPiece + kLine / 4;  // rows a power of two apart share sets of the L1
-    alignas(64) float piece[rows_for(G) * kRow];
+    alignas(kLine) float piece[rows_for(G) * kRow];
     int64_t col = 0;
     do {
       const int64_t cols = min_of(kPiece, w.k - col), whole = round_up(cols, P::kBlock);
@@ -175,7 +203,7 @@ struct Codes {
     } while (col < w.k);
     for (int64_t i = 0; !nf4 && i < rows; ++i) {
       const float scale = static_cast<const float*>(w.scale)[w.by_row ? n + i : 0];
-      for (int64_t m = 0; m < x.m; ++m) acc[i * kTokens + m] *= scale;
+      for (int64_t m = 0; m < x.m; ++m) acc[i * kTokens + m] = acc[i * kTokens + m] * 0x1p8f * scale;
     }
   }
 };

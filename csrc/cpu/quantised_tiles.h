@@ -12,18 +12,18 @@ template <class Pairs, bool nf4>
 struct MadeOfCodes {
   const Quantised& w;
 
-  // to[rows, cols] = W[n.., col..]; cols: a multiple of Pairs' block.
+  // to[rows, cols] = W[n.., col..]; cols: a multiple of Pairs' block, at most kPiece.
   __attribute__((noinline)) void operator()(int64_t n, int64_t rows, int64_t col, int64_t cols,
                                             BFloat16* to, int64_t stride) const {
-    alignas(kLine) float piece[kPiece];
     for (int64_t i = 0; i < rows; ++i, to += stride) {
       fetch_codes<nf4>(w, n + i + rows, col, cols);
       if constexpr (nf4) {
-        nf4_values(w, n + i, col, cols, piece);
+        nf4_values(w, n + i, col, cols, to);
       } else {
+        alignas(kLine) float piece[kPiece];
         fp8_values<true>(w, n + i, col, cols, piece);
+        for (int64_t j = 0; j < cols; j += Pairs::kBlock) Pairs::narrow(piece + j, to + j);
       }
-      for (int64_t j = 0; j < cols; j += Pairs::kBlock) Pairs::narrow(piece + j, to + j);
     }
   }
 };

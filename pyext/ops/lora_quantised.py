@@ -177,8 +177,8 @@ def lora_quantised(
         return native_decode(x, weight, a, b, bias, scale)
     if impl == "native" and not quick:
         raise ValueError(
-            f"impl='native': expected <= {MAX_DECODE_TOKENS} rows on a CPU without dropout, of fp32, "
-            "bf16 or fp16 with unit inner strides and adapters of the same dtype or fp32, got "
+            f"impl='native': expected <= {MAX_DECODE_TOKENS} rows on a CPU without dropout, of "
+            "fp32, bf16 or fp16 with unit inner strides, adapters of the same dtype or fp32, got "
             f"{tuple(x.shape)} of {x.dtype}/{a.dtype} on {x.device}"
         )
     args = (weight.parts(), weight.layout, a, b, bias, seed, scale, dropout_p, impl)

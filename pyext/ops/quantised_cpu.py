@@ -29,7 +29,7 @@ def readable(*tensors: Tensor) -> bool:
 
 
 def _weight(weight: QuantisedWeight) -> tuple[list[Tensor], list[int], bool]:
-    """(its tensors, to be kept until the call is over; their addresses; whether rows have scales)"""
+    """(tensors to be kept until the call is over; their addresses; whether rows have scales)"""
     parts = [t.contiguous() for t in weight.parts()]
     addresses = [t.data_ptr() for t in parts]
     by_row = weight.layout[2] == 0 and parts[1].numel() > 1

@@ -20,6 +20,7 @@ CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", f"-I{CSRC}"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+DRIVERS = ("cpu_driver", "cpu_multi_lora", "cpu_quantised")
 LEVELS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 needs_native = pytest.mark.skipif(native is None, reason="the extension is not built")
 
@@ -57,7 +58,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         made = folder / f"{source.stem}.o"
         if source.stem.startswith(("amx", "avx512")):  # some warnings need -O1
             how = ["-O1"]
-        elif source.stem in ("cpu_driver", "cpu_multi_lora", "cpu_quantised"):  # whose sums in double take the time
+        elif source.stem in DRIVERS:  # whose sums in double take the time
             how = ["-O2", *SANITIZE]
         else:  # a third of -O1's time, and nothing is optimised away before it is checked
             how = ["-O0", *SANITIZE]
@@ -65,7 +66,7 @@ def drivers(tmp_path_factory) -> dict[str, Path]:
         assert done.returncode == 0, done.stderr[-4000:]
         return made
 
-    own = (here / f"{name}.cpp" for name in ("cpu_wide", "cpu_driver", "cpu_multi_lora", "cpu_quantised"))
+    own = (here / f"{name}.cpp" for name in ("cpu_wide", *DRIVERS))
     sources = [*own, *sorted((CSRC / "cpu").glob("*.cpp"))]  # what takes longest comes first
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = {made.stem: made for made in pool.map(compile_one, sources)}
@@ -103,7 +104,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         out[f"{dtype} {m} mask"] = dropout(x, 0.3, torch.tensor([5]))
         for q in (ops.NF4Weight.quantise(w[:, 1:], double=True), ops.FP8Weight.quantise(w[:, 1:])):
             kind = type(q).__name__
-            out[f"{dtype} {m} {kind}"] = ops.lora_linear(x[:, 1:], q, a[:, 1:], b, 0.1, impl="native")
+            y = ops.lora_linear(x[:, 1:], q, a[:, 1:], b, 0.1, impl="native")
+            out[f"{dtype} {m} {kind}"] = y
             out[f"{dtype} {m} {kind} rows"] = q.dequantise(dtype)
 torch.save(out, sys.argv[1])
 """

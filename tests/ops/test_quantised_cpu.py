@@ -100,9 +100,7 @@ def test_decode_against_float64(check_accuracy, kind, dtype, adapter):
             x, a, b, bias = make(q, m, r, dtype, other)
             got = ops.lora_linear(x, q, a, b, 0.5, bias, impl="native")
             low = ops.lora_linear_ref(x, q, a, b, 0.5, bias)
-            ref = ops.lora_linear_ref(
-                x.double(), q, a.double(), b.double(), 0.5, bias.double()
-            )
+            ref = ops.lora_linear_ref(x.double(), q, a.double(), b.double(), 0.5, bias.double())
             assert got.dtype == dtype
             check_accuracy("y", got, low, ref)
 
