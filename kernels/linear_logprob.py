@@ -65,13 +65,25 @@ class _Problem:
     """One call: its tensors, and the launches over a chunk of rows and words."""
 
     def __init__(self, h, w, labels, bias, ignore_index, softcap, temperature):
-        self.h, self.w, self.labels = h, w, labels.contiguous()
+        # Of what the kernels are not compiled for there are copies: see LAYOUTS in the tables.
+        self.h = h if h.stride(1) == 1 else h.contiguous()
+        self.w = w if 1 in w.stride() else w.contiguous()
+        self.labels = labels.contiguous()
         self.bias = None if bias is None else bias.contiguous()
         self.softcap, self.inv_temperature = softcap, 1.0 / temperature
         (self.M, self.H), self.V = h.shape, w.shape[0]
+        self.config = dict(elem_bytes=h.element_size(), wide=self.wide())
         self.order, self.count = _order(self.labels, ignore_index)
         self.label_z = self.new(self.M)
         self.split = h.element_size() == 2
+
+    def wide(self) -> bool:
+        """Whether the rows of h and w are such as 16 bytes at a time can be loaded of."""
+        tensors = (
+            (self.h, self.w) if self.bias is None else (self.h, self.w, self.bias.unsqueeze(0))
+        )
+        lengths = (self.H, self.h.stride(0), self.w.stride(0), *(t.data_ptr() for t in tensors))
+        return self.w.stride(1) == 1 and all(n % 16 == 0 for n in lengths)
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.h.device)
@@ -145,7 +157,8 @@ def linear_logprob_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(log p [M] fp32, logsumexp [M] fp32, u [M, H] or empty), zeros for ignored rows.
 
-    h [M, H] and w [V, H] share fp32, bf16 or fp16, any strides; labels int64 [M]; bias [V].
+    h [M, H] and w [V, H] share fp32, bf16 or fp16, any strides; labels int64 [M]; bias [V]. An h
+    whose rows, a w of which neither rows nor columns lie in one piece are copied.
     softcap 0 is none. H, V ≥ 1.
     """
     (M, H), V = h.shape, w.shape[0]
@@ -154,8 +167,8 @@ def linear_logprob_fwd(
     if M == 0:
         return logp, lse, u
     call = _Problem(h, w, labels, bias, ignore_index, softcap, temperature)
-    size, arch = h.element_size(), arch_of(h.device)
-    cfg = linear_logprob_fwd_config(M, H, V, arch, elem_bytes=size)
+    h, w = call.h, call.w
+    cfg = linear_logprob_fwd_config(M, H, V, arch_of(h.device), **call.config)
     n = cfg["logits"]["BLOCK_N"]
     if not need_u:
         tiles = triton.cdiv(V, n)
@@ -217,8 +230,8 @@ def linear_logprob_bwd(
     if M == 0:
         return dh, dw, dbias
     call = _Problem(h, w, labels, bias, ignore_index, softcap, temperature)
-    size, arch = h.element_size(), arch_of(h.device)
-    cfg = linear_logprob_bwd_config(M, H, V, arch, elem_bytes=size)
+    h = call.h
+    cfg = linear_logprob_bwd_config(M, H, V, arch_of(h.device), **call.config)
     columns, g = cfg["columns"], g.contiguous()
     dz = call.new(M, columns, dtype=h.dtype)
     lo = call.new(M, H, dtype=torch.int16) if need_h and call.split else call.label_z

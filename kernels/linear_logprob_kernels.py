@@ -12,6 +12,9 @@ import triton
 import triton.language as tl
 
 NEVER = tl.constexpr(-1e30)  # a reference below any logit; finite, so that differences are defined
+# Of any size, and at any address: one kernel for all of them.
+_SIZES = ["row0", "M", "v0", "N", "V", "tiles", "stride_tm"]
+_GATHERED = ["labels_ptr", "g_ptr"]
 
 
 @triton.jit
@@ -33,7 +36,16 @@ def _load_halves(hi_ptrs, lo_ptrs, mask, SPLIT: tl.constexpr):
         return tl.load(hi_ptrs, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["has_bias", "need_dbias"])
+@triton.jit
+def _whole(N):
+    """Columns of p that are written and read for N words: zeros up to a multiple of 16, which the
+    compiler then knows and moves wide."""
+    return tl.cdiv(N, 16) * 16
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, "has_bias", "need_dbias"], do_not_specialize_on_alignment=_GATHERED
+)
 def _linear_logprob_logits_kernel(
     h_ptr, w_ptr, bias_ptr, order_ptr, count_ptr, labels_ptr, label_z_ptr,
     ref_ptr, top_ptr, total_ptr, lse_ptr, g_ptr, p_ptr, dbias_ptr,
@@ -89,7 +101,7 @@ def _linear_logprob_logits_kernel(
             tanh = tl.where(col_ok[None, :], z / (softcap * inv_temperature), 0.0)
             dz *= 1.0 - tanh * tanh
         dz = tl.where(row_ok[:, None] & col_ok[None, :], dz, 0.0)
-        tl.store(p_ptrs, dz.to(dtype), mask=(rows < M)[:, None] & col_ok[None, :])
+        tl.store(p_ptrs, dz.to(dtype), mask=(rows < M)[:, None] & (cols < _whole(N))[None, :])
         out = dbias_ptr + pid_m.to(tl.int64) * N + cols
         tl.store(out, tl.sum(dz, 0), mask=col_ok & (need_dbias != 0))
     else:
@@ -109,7 +121,7 @@ def _linear_logprob_logits_kernel(
             if SOFTCAP:
                 tanh = tl.where(col_ok[None, :], z / (softcap * inv_temperature), 0.0)
                 e *= 1.0 - tanh * tanh
-            tl.store(p_ptrs, e.to(dtype), mask=row_ok[:, None] & col_ok[None, :])
+            tl.store(p_ptrs, e.to(dtype), mask=row_ok[:, None] & (cols < _whole(N))[None, :])
 
 
 @triton.jit
@@ -143,7 +155,7 @@ def _move_reference(
     return new, shrink, tl.max(tl.where(row_ok & (new > ref), 1, 0), 0)
 
 
-@triton.jit(do_not_specialize=["first", "tiles"])
+@triton.jit(do_not_specialize=[*_SIZES, "first"])
 def _linear_logprob_sum_kernel(
     p_ptr, w_ptr, order_ptr, count_ptr, hi_ptr, lo_ptr,
     ref_ptr, sum_ptr, next_ref_ptr, next_sum_ptr, top_ptr, total_ptr,
@@ -184,14 +196,14 @@ def _linear_logprob_sum_kernel(
         acc *= shrink[:, None]
 
     ks = tl.arange(0, BLOCK_K)
+    whole = _whole(N)
     words = (v0 + ks).to(tl.int64)
     p_ptrs = p_ptr + rows64[:, None] * stride_pm + ks[None, :]
     w_ptrs = w_ptr + words[:, None] * stride_wv + (cols % H)[None, :] * stride_wk
     if jumped != 0:
         for k0 in range(0, N, BLOCK_K):
-            k_ok = ks < N - k0
-            p = tl.load(p_ptrs, mask=k_ok[None, :], other=0.0)
-            w = tl.load(w_ptrs, mask=k_ok[:, None], other=0.0)
+            p = tl.load(p_ptrs, mask=(ks < whole - k0)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(ks < N - k0)[:, None], other=0.0)
             if RESCALE:
                 top = tl.load(top_ptr + (k0 // TILE) * stride_tm + rows64)
                 p = (p.to(tl.float32) * tl.exp(top - new)[:, None]).to(dtype)
@@ -200,9 +212,8 @@ def _linear_logprob_sum_kernel(
             w_ptrs += BLOCK_K * stride_wv
     else:
         for k0 in range(0, N, BLOCK_K):
-            k_ok = ks < N - k0
-            p = tl.load(p_ptrs, mask=k_ok[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-            w = tl.load(w_ptrs, mask=k_ok[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
+            p = tl.load(p_ptrs, mask=(ks < whole - k0)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+            w = tl.load(w_ptrs, mask=(ks < N - k0)[:, None], other=0.0)  # [BLOCK_K, BLOCK_N]
             acc = tl.dot(p, w, acc, input_precision="ieee")
             p_ptrs += BLOCK_K
             w_ptrs += BLOCK_K * stride_wv
@@ -212,7 +223,7 @@ def _linear_logprob_sum_kernel(
         tl.store(hi_ptrs, acc, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _linear_logprob_dw_kernel(
     dz_ptr, h_ptr, order_ptr, count_ptr, dw_ptr,
     N, H, stride_zm, stride_hm, stride_hk, stride_dv,
@@ -224,7 +235,7 @@ def _linear_logprob_dw_kernel(
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     count = tl.load(count_ptr)
     ks = tl.arange(0, BLOCK_K)
-    dz_ptrs = dz_ptr + ks.to(tl.int64)[None, :] * stride_zm + (words % N)[:, None]
+    dz_ptrs = dz_ptr + ks.to(tl.int64)[None, :] * stride_zm + (words % _whole(N))[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, count, BLOCK_K):
         k_ok = ks < count - k0
@@ -239,7 +250,7 @@ def _linear_logprob_dw_kernel(
     tl.store(out, acc.to(dw_ptr.dtype.element_ty), mask=ok)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=_SIZES)
 def _linear_logprob_merge_kernel(
     top_ptr, total_ptr, ref_ptr, sum_ptr, M, tiles, stride_tm,
     BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -262,7 +273,7 @@ def _linear_logprob_merge_kernel(
     tl.store(sum_ptr + rows, acc, mask=row_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_GATHERED)
 def _linear_logprob_finish_kernel(
     order_ptr, count_ptr, labels_ptr, label_z_ptr, ref_ptr, sum_ptr, w_ptr,
     hi_ptr, lo_ptr, logp_ptr, lse_ptr, out_ptr,

@@ -18,6 +18,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedpeft.kernels.device import on_device
 from fusedpeft.kernels.linear_logprob_kernels import (
+    _GATHERED,
+    _SIZES,
     NEVER,
     _block,
     _load_halves,
@@ -35,7 +37,7 @@ def _halves(x):
     return tl.split(tl.permute(tl.reshape(x, (m, 2, half)), (0, 2, 1)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=_GATHERED)
 def _linear_logprob_logits_tma_kernel(
     h_ptr, w_desc, p_desc, order_ptr, count_ptr, labels_ptr, label_z_ptr,
     ref_ptr, top_ptr, total_ptr, inv_temperature, jump,
@@ -83,7 +85,7 @@ def _linear_logprob_logits_tma_kernel(
         p_desc.store([pid_m * BLOCK_M, first], e.to(dtype))
 
 
-@triton.jit(do_not_specialize=["first", "tiles"])
+@triton.jit(do_not_specialize=[*_SIZES, "first"])
 def _linear_logprob_sum_tma_kernel(
     p_desc, w_desc, order_ptr, count_ptr, hi_ptr, lo_ptr,
     ref_ptr, sum_ptr, next_ref_ptr, next_sum_ptr, top_ptr, total_ptr,

@@ -23,7 +23,7 @@ from fusedpeft.kernels.device import ARCHS, SMS
 SHAPES = {  # M, d, V, ignored rows
     "one_row": (1, 17, 33, 0),
     "odd": (63, 65, 129, 5),
-    "many_tiles": (70, 40, 600, 30),
+    "many_tiles": (70, 48, 600, 30),  # the only d that 16 divides
     "whole_blocks_ignored": (200, 33, 150, 150),
     "few_words": (5, 20, 3, 1),
 }
@@ -90,8 +90,8 @@ def test_every_table_by_chunks(arch, large, monkeypatch):
     monkeypatch.setitem(SMS, arch, 1)
     if large:
         monkeypatch.setattr(tables, "FEW_ROWS", 0)
-    t = make((150, 70, 530, 12), torch.float16)
-    cfg = tables.linear_logprob_fwd_config(150, 70, 530, arch)
+    t = make((150, 80, 530, 12), torch.float16)
+    cfg = tables.linear_logprob_fwd_config(150, 80, 530, arch)
     assert cfg["rows"] < 150 and cfg["columns"] < 530
     for head in (False, True):
         check(t, head)
@@ -135,10 +135,10 @@ def test_references_that_jump_by_tma(hopper):
     assert hopper
 
 
-@pytest.mark.parametrize("what", ["bias", "softcap", "width", "strides"])
+@pytest.mark.parametrize("what", ["bias", "softcap", "width", "odd", "strides"])
 def test_what_tma_does_not_take(what, hopper):
     """Goes by pointers, and is as right."""
-    d = 70 if what == "width" else 64
+    d = {"width": 80, "odd": 70}.get(what, 64)
     h, w, *rest = make((140, d, 300, 5), torch.float16, bias=what == "bias")
     w = w.t().contiguous().t() if what == "strides" else w
     check((h, w, *rest), False, **({"softcap": 3.0} if what == "softcap" else {}))
@@ -202,6 +202,41 @@ def test_any_strides():
             args = (other, turned, torch.stack((labels, labels), -1)[..., 0], bias, g)
             for a, b in zip(run(ops.linear_logprob, *args, head, impl="triton"), ref, strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("what", ["d", "rows of h", "rows of w", "address", "column", "bias"])
+def test_what_is_not_wide_has_tiles_of_its_own(what, monkeypatch):
+    """Else a kernel runs that the ahead-of-time table has not seen, and spills."""
+    h, w, labels, bias, _ = make((40, 47 if what == "d" else 48, 90, 4), torch.float32)
+
+    def moved(t, first, more):
+        """t inside of rows that are longer, from element `first` of them on."""
+        return torch.nn.functional.pad(t, (first, more))[:, first : first + t.shape[1]]
+
+    asked = []
+    choose = launchers.linear_logprob_fwd_config
+
+    def config(*args, **kw):
+        asked.append(kw["wide"])
+        return choose(*args, **kw)
+
+    monkeypatch.setattr(launchers, "linear_logprob_fwd_config", config)
+    rest = (-100, 0.0, 1.0, True)
+    plain = launchers.linear_logprob_fwd(h, w, labels, bias, *rest)
+    if what == "rows of h":
+        h = moved(h, 0, 1)
+    elif what == "rows of w":
+        w = moved(w, 0, 1)
+    elif what == "address":
+        w = moved(w, 1, 15)
+    elif what == "column":
+        w = w.t().contiguous().t()
+    elif what == "bias":
+        bias = torch.cat((bias[:1], bias))[1:]
+    got = launchers.linear_logprob_fwd(h, w, labels, bias, *rest)
+    assert asked == [what != "d", False]
+    for a, b in zip(got, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_needed():

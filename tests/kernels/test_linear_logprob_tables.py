@@ -6,6 +6,7 @@ import pytest
 
 from fusedpeft.kernels.device import ARCHS
 from fusedpeft.kernels.linear_logprob_tables import (
+    LAYOUTS,
     linear_logprob_bwd_config,
     linear_logprob_configs,
     linear_logprob_fwd_config,
@@ -18,14 +19,16 @@ def test_every_choice_is_listed(arch):
     rng = random.Random(0)
     for _ in range(500):
         m, h, v = (int(2 ** rng.uniform(0, 17)) for _ in range(3))
-        size = rng.choice((2, 4))
-        f = linear_logprob_fwd_config(m, h, v, arch, elem_bytes=size)
-        b = linear_logprob_bwd_config(m, h, v, arch, elem_bytes=size)
+        size, (layout, wide) = rng.choice((2, 4)), rng.choice(list(LAYOUTS.items()))
+        f = linear_logprob_fwd_config(m, h, v, arch, elem_bytes=size, wide=wide)
+        b = linear_logprob_bwd_config(m, h, v, arch, elem_bytes=size, wide=wide)
         for kernel, config in (
-            ("logits", f["logits"]), ("sum", f["sum"]), ("logits", b["logits"]),
-            ("sum", b["sum"]), ("dw", b["dw"]),
+            (f"logits{layout}", f["logits"]), (f"sum{layout}", f["sum"]),
+            (f"logits{layout}", b["logits"]), (f"sum{layout}", b["sum"]),
+            ("dw" if wide else "dw_odd", b["dw"]),
         ):  # fmt: skip
             assert (kernel, size, config) in known
+        assert wide or f["tma"] is None
         if tma := f["tma"]:
             assert ("logits_tma", size, tma["logits"]) in known
             assert ("sum_tma", size, tma["sum"]) in known
