@@ -78,12 +78,10 @@ class _Problem:
         self.split = h.element_size() == 2
 
     def wide(self) -> bool:
-        """Whether the rows of h and w are such as 16 bytes at a time can be loaded of."""
-        tensors = (
-            (self.h, self.w) if self.bias is None else (self.h, self.w, self.bias.unsqueeze(0))
-        )
-        lengths = (self.H, self.h.stride(0), self.w.stride(0), *(t.data_ptr() for t in tensors))
-        return self.w.stride(1) == 1 and all(n % 16 == 0 for n in lengths)
+        """Whether rows of h and w can be loaded 16 bytes at a time."""
+        sizes = [self.H, self.h.stride(0), self.w.stride(0)]
+        sizes += [t.data_ptr() for t in (self.h, self.w, self.bias) if t is not None]
+        return self.w.stride(1) == 1 and all(n % 16 == 0 for n in sizes)
 
     def new(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(size, dtype=dtype, device=self.h.device)

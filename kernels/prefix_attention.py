@@ -15,7 +15,8 @@ No atomics, no synchronisation: packed sequences are found from cu_seqlens on th
 FLOPs 4·B·H·T·D·(P + keys seen) forward, 2.5 times that and two products again backward (seven for
 two). Bytes: q, k, v, out once, keys again by each block of queries, out of L2. Beyond results and
 logsumexp: delta B·H·T fp32, and parts of the prefix's gradients, at most 64·D·8 bytes an SM. Heads
-whose D is no multiple of 16, and tensors whose last stride is not 1, are copied to where it is so.
+whose D is no multiple of 16, and tensors whose last stride is not 1 or whose rows do not begin at
+such, are copied to where it is so.
 Mask values below −1e29 hide as −inf does. Tokens that a malformed cu_seqlens leaves out are NaN.
 """
 
@@ -42,10 +43,13 @@ TINY = 1e-30  # of the scale: scores are 0 all the same
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """Unit inner stride, a tile within 32 bits, and a last dim that is a multiple of 16."""
+    """Unit inner stride, a tile within 32 bits, and a last dim that is a multiple of 16, as are the
+    other strides and the address: rows that cannot be loaded 16 bytes at a time spill."""
     if missing := -t.shape[-1] % 16:
         return F.pad(t, (0, missing))
-    return t if t.stride(-1) == 1 and t.stride(-2) < 2**23 else t.contiguous()
+    near = t.stride(-1) == 1 and t.stride(-2) < 2**23
+    wide = t.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in t.stride()[:-1])
+    return t if near and wide else t.clone(memory_format=torch.contiguous_format)
 
 
 class _Problem:

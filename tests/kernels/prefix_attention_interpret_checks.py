@@ -197,6 +197,16 @@ def test_any_strides_and_the_same_bits():
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("first, more", [(0, 1), (1, 15), (0, 0)], ids=["rows", "address", "none"])
+def test_rows_at_odd_places_are_copied(first, more):
+    """The ahead-of-time table has no kernel for them: they spill there."""
+    wide = torch.randn(2, 3, 5, first + 64 + more, dtype=torch.float16)
+    t = wide[..., first : first + 64]
+    got = launchers._aligned(t)
+    assert torch.equal(got, t) and (got is t) == (more == 0)
+    assert got.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in got.stride()[:3])
+
+
 def test_only_what_is_needed():
     tensors = make((2, 4, 2, 40, 50, 9, 32))
     want = run(ops.prefix_attention, tensors, impl="triton")[2:]
