@@ -55,15 +55,17 @@ class Spec:
 
 def specs(device: torch.device, full: bool) -> list[Spec]:
     if device.type == "cuda":
-        shapes, dtype = [(4096, 4096)] + ([(4096, 14336), (14336, 4096)] if full else []), BF16
+        shapes = [(4096, 4096)] + ([(4096, 14336), (14336, 4096)] if full else [])
+        dtypes = (BF16,)
         cases = [("fwd", 1), ("fwd", 16), ("fwd", 512), ("train", 512), ("train", 8192)]
     else:
-        shapes, dtype = [(2048, 2048)] + ([(2048, 8192)] if full else []), FP32
-        cases = [("fwd", 1), ("fwd", 64), ("train", 512)]
+        shapes, dtypes = [(2048, 2048)] + ([(2048, 8192)] if full else []), (FP32, BF16)
+        cases = [("fwd", 1), ("fwd", 16), ("fwd", 64), ("train", 512)]
     return [
         Spec(kind, weight, m, k, n, 16, dtype)
         for weight in WEIGHTS
         for k, n in shapes
+        for dtype in dtypes
         for kind, m in cases
     ]
 

@@ -85,28 +85,30 @@ def aten_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window:
     return out, lse
 
 
-def _block_bwd(of_q, kv, prefix, bias, hides, fresh, dq, dkv, dpkv, scale: float) -> None:
-    """Sets dq of a block of queries and adds its shares to dk and dv, or sets them where they are
-    fresh, and to the prefix's gradients. A call of its own: names of a loop would hold what this
-    one takes beside the next one's."""
+def _block_bwd(of_q, kv, prefix, bias, hides, dq, dkv, dpkv, scale: float) -> list[Tensor]:
+    """Sets dq of a block of queries, adds its shares to the prefix's gradients and to dkv, those of
+    its keys; where there is none yet, the shares are it. Returns dkv. A call of its own: names of a
+    loop would hold what this one takes beside the next one's."""
     *of_q, lse = of_q
     dout, q, out = (_unit(t, lse.dtype) for t in of_q)
     # A row that sees nothing: its bias is −inf everywhere and exp(−inf − 0) is 0.
     lse, parts = lse.masked_fill(lse == -math.inf, 0.0), []
-    if dkv:
+    if dq is not None:
         part, *shares = _flash_bwd(dout, q, *kv, out, lse, 0.0, hides, attn_mask=bias, scale=scale)
         parts.append(part)
-        for whole, share in zip(dkv, shares, strict=True):
-            (whole.copy_ if fresh else whole.add_)(share)
-        del shares, share
+        for whole, share in zip(dkv, shares, strict=False):
+            whole += share
+        dkv = dkv or shares
+        del shares
     if prefix[0] is not None:
         part, *shares = _flash_bwd(dout, q, *prefix, out, lse, 0.0, False, scale=scale)
         parts.append(part)
         for whole, share in zip(dpkv, shares, strict=True):
             for row in share if len(whole) == 1 else (share,):
                 whole += row
-    if dkv:
+    if dq is not None:
         dq.copy_(parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
+    return dkv
 
 
 def _part_bwd(of_q, kv, prefix, mask, grads, dpkv, blocks: Blocks, scale: float) -> None:
@@ -114,19 +116,19 @@ def _part_bwd(of_q, kv, prefix, mask, grads, dpkv, blocks: Blocks, scale: float)
     acc, T, S = of_q[-1].dtype, of_q[0].shape[2], kv[0].shape[2]
     kv = [_unit(t, acc) for t in kv]
     dq, *wholes = grads or (None,)
-    dkv = [t if t.dtype == acc else torch.empty(t.shape, dtype=acc) for t in wholes]
-    prefix = [_shared(t, len(of_q[0]), acc) for t in prefix]
-    fresh = True
+    prefix, dkv = [_shared(t, len(of_q[0]), acc) for t in prefix], []
     for qs, ks, bias, _, hides in blocks.of(mask, T, S):
-        if fresh and ks != slice(0, S):
-            fresh = False
-            for t in dkv:
-                t.zero_()
-        _block_bwd(
-            [t[:, :, qs] for t in of_q], [t[:, :, ks] for t in kv], prefix, bias, hides, fresh,
+        if not dkv and wholes and ks != slice(0, S):
+            dkv = [torch.zeros(t.shape, dtype=acc) for t in kv]
+        made = _block_bwd(
+            [t[:, :, qs] for t in of_q], [t[:, :, ks] for t in kv], prefix, bias, hides,
             dq if dq is None else dq[:, :, qs], [t[:, :, ks] for t in dkv], dpkv, scale,
         )  # fmt: skip
-        fresh = False
+        if not dkv:
+            dkv = made
+            if wholes and wholes[0].dtype == acc:
+                dkv = [whole.copy_(t) for whole, t in zip(wholes, made, strict=True)]
+        del made
     for whole, t in zip(wholes, dkv, strict=True):
         if whole is not t:
             whole.copy_(t)
@@ -144,10 +146,10 @@ def aten_bwd(
     (_, H, T, width), (HKV, S), like, shape = q.shape, k.shape[1:3], q.dtype, pk.shape
     pk, pv = _as_rows(pk), _as_rows(pv)
     most, step = _BACKWARD_BYTES, QUERIES
-    if like != acc:  # blocks of 64, 128 or 192, as their copies are of many bytes
+    if like != acc:  # blocks of 64 to 256, as their copies are of many bytes
         most = _BACKWARD_COPIES
         row = heads_at_once(q, k, acc) * (H // HKV) * width * acc.itemsize
-        step = max(64, min(QUERIES, most // max(row, 1) // 64 * 64))
+        step = max(64, min(256, most // max(row, 1) // 64 * 64))
     keys = any(need[:3])
     if not keys:  # then all queries in one block
         mask, causal, window = None, False, 0
