@@ -44,4 +44,6 @@ def test_copies_are_cold_and_work_counts_the_bytes_of_the_codes():
 def test_the_list():
     cuda = {(s.kind, s.weight, s.m) for s in bench.specs(torch.device("cuda"), full=False)}
     assert ("fwd", "nf4", 16) in cuda and ("train", "fp8", 8192) in cuda
-    assert all(s.dtype == torch.float32 for s in bench.specs(CPU, full=True))
+    cpu = {(s.kind, s.m, s.dtype) for s in bench.specs(CPU, full=False)}
+    cases = (("fwd", 1), ("fwd", 16), ("fwd", 64), ("train", 512))
+    assert cpu == {(*case, dtype) for case in cases for dtype in (torch.float32, torch.bfloat16)}
