@@ -101,6 +101,7 @@ class _FusedLoss:
         self.shifts = not model.config.is_encoder_decoder
         self.options = logit_options(model.config)
         self.known = False  # that the logits are what `options` says
+        self.of_head: list = []
         self.hook_head(head)
         self.of_model = [
             model.register_forward_pre_hook(self.before, with_kwargs=True),
@@ -109,10 +110,14 @@ class _FusedLoss:
         self.clear()
 
     def hook_head(self, head: nn.Linear) -> None:
+        """Moves the hooks to it from the one before."""
+        for handle in self.of_head:
+            handle.remove()
         self.head = head
         self.of_head = [
             head.register_forward_pre_hook(self.before_head),
-            head.register_forward_hook(self.after_head, prepend=True),  # FSDP frees the weight
+            # First, as FSDP has the whole weight in this layer's call and not after it.
+            head.register_forward_hook(self.after_head, prepend=True),
         ]
 
     def remove(self) -> None:
@@ -135,8 +140,6 @@ class _FusedLoss:
         if labels is None or not model.training:
             return None
         if (head := _check(model)) is not self.head:  # OutputLayer's take turns
-            for handle in self.of_head:
-                handle.remove()
             self.hook_head(head)
         del given["labels"]
         self.count = given.pop("num_items_in_batch", None)
@@ -147,12 +150,9 @@ class _FusedLoss:
             self.labels = ahead if shifted is None else shifted
         else:
             self.labels = labels
-            if (
-                given.get("decoder_input_ids") is None
-                and given.get("decoder_inputs_embeds") is None
-            ):
-                made = model.prepare_decoder_input_ids_from_labels(labels)
-                given["decoder_input_ids"] = made
+            inputs = ("decoder_input_ids", "decoder_inputs_embeds")
+            if all(given.get(name) is None for name in inputs):
+                given[inputs[0]] = model.prepare_decoder_input_ids_from_labels(labels)
         self.bias = getattr(model, "final_logits_bias", None)  # BART's, beside the layer
         self.as_tuple = not given.pop("return_dict", model.config.return_dict)
         given["return_dict"] = True
@@ -167,7 +167,6 @@ class _FusedLoss:
         return (self.hidden[..., :tokens, :],)
 
     def after_head(self, head: nn.Linear, args: tuple, logits: Tensor) -> None:
-        # Here, as FSDP has the whole weight in this layer's call and may not after it.
         if self.labels is None:
             return
         h, bias = self.hidden, head.bias
