@@ -21,7 +21,7 @@ from fusedpeft.ops import twice
 from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, has_products, stats_dtype
 from fusedpeft.ops.adapter_checks import check
 from fusedpeft.ops.adapter_native import one_fwd, one_ok, train_bwd, train_fwd
-from fusedpeft.ops.arguments import autocast, autocasts, device_of
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.native import native
 
@@ -262,7 +262,7 @@ def bottleneck_adapter(
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected
     and the given value before anything is computed.
     """
-    if impl is None and not torch.compiler.is_compiling():
+    if impl is None:
         tensors = (down_w, down_b, up_w, up_b, residual, norm_weight, norm_bias)
         options = (norm_position, dropout_p, scale, norm_eps)
         if type(x) is Tensor and one_ok(x, tensors, activation, norm, *options):
@@ -295,10 +295,7 @@ def bottleneck_adapter(
         float(norm_eps), float(scale), float(dropout_p), add_x, impl or "",
     )  # fmt: skip
     given = [t for t in tensors if t is not None]
-    plain = not torch.compiler.is_compiling() and all(
-        type(t) is Tensor or type(t) is torch.nn.Parameter for t in given
-    )
-    if not plain:
+    if not is_plain(given):
         y = torch.ops.fusedpeft.bottleneck_adapter(*args)[0]
     elif torch.is_grad_enabled() and any(t.requires_grad for t in given):
         y = _BottleneckAdapter.apply(*args)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fusedpeft.ops.adapter_aten import aten_bwd
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import PLAIN, is_plain
 from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import AdapterSlots, check_slots
 
@@ -80,7 +80,7 @@ def one_ok(x, tensors, activation, norm, position, dropout_p, scale, eps) -> boo
     """
     down_w, down_b, up_w, up_b, residual, norm_w, norm_b = tensors
     given = [t for t in (x, *tensors) if t is not None]
-    if not all([type(t) in PLAIN for t in (down_w, up_w, *given)]) or down_w.ndim != 2:
+    if not is_plain((down_w, up_w, *given)) or down_w.ndim != 2:
         return False
     (e, d), dtype, own = down_w.shape, x.dtype, down_w.dtype
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from fusedpeft.ops.native import DTYPE_CODES
 def device_of(x: object) -> str:
     """The device type by which a call is told; what is no tensor is left to the checks."""
     return x.device.type if isinstance(x, Tensor) else "cpu"
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(tensors: Iterable[Tensor]) -> bool:
+    """Ordinary tensors in eager mode, which can be called on directly. Compilers, subclasses and
+    torch.func's transforms need the dispatcher, as does torch.jit's tracer: it sees no call into
+    C++ and would keep what the call wrote as a constant."""
+    return (
+        all([type(t) in PLAIN for t in tensors])
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def autocasts(device: str) -> bool:

@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.lora_check import (
     check,
     check_decode,
     check_quantised,
     decode_ok,
-    is_plain,
     is_sound,
 )
 from fusedpeft.ops.lora_choice import use_triton
@@ -261,7 +260,7 @@ def lora_linear(
     quantised, given = isinstance(w, QuantisedWeight), (w, a, b)
     if autocasts(device := device_of(x)):
         x, w, a, b, bias = autocast(device, x, w, a, b, bias)
-    plain = is_plain(x, w, a, b)
+    plain = is_plain((x, w, a, b))
     usual = plain and impl is None and magnitude is None and dropout_p == 0.0
     usual = usual and type(scale) is float and scale - scale == 0.0
     sound = usual and is_sound(x, w, a, b, bias)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from fusedpeft.ops.arguments import check_number, check_probability, check_triton
+from fusedpeft.ops.arguments import PLAIN, check_number, check_probability, check_triton, is_plain
 from fusedpeft.ops.lora_cpu import MAX_DECODE_TOKENS, native_ok
 from fusedpeft.ops.multi_lora_cuda import check_call, one_ok
 from fusedpeft.ops.native import DTYPE_CODES
@@ -15,19 +14,6 @@ from fusedpeft.ops.quantised import QuantisedWeight
 from fusedpeft.ops.slots import RANK_STEP
 
 IMPLS = ("native", "cuda", "aten", "triton")
-PLAIN = (Tensor, torch.nn.Parameter)
-
-
-def is_plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> bool:
-    """True in eager mode on ordinary tensors; compilers and subclasses need the dispatcher."""
-    return (
-        type(x) in PLAIN
-        and type(w) in PLAIN
-        and type(a) in PLAIN
-        and type(b) in PLAIN
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None  # torch.jit's sees no call into C++
-    )
 
 
 def is_sound(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> bool:
@@ -156,8 +142,7 @@ def check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl) -> 
     if not any(a is not None for a in as_):
         raise ValueError("as_: expected at least one adapter, got none")
     dtype = next((a.dtype for a in as_ if isinstance(a, Tensor)), None)
-    usual = dropout_p == 0.0 and impl is None and not torch.compiler.is_compiling()
-    usual = usual and all(type(t) in PLAIN for t in (x, *ws, *as_, *bs))
+    usual = dropout_p == 0.0 and impl is None and is_plain((x, *ws, *as_, *bs))
     for i, (w, a, b, scale, bias, m) in enumerate(zip(*lists.values(), strict=True)):
         if usual and m is None and is_sound(x, w, a, b, bias) and a.dtype == dtype:
             continue

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import PLAIN
 from fusedpeft.ops.quantised import QuantisedWeight
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
 from fusedpeft.ops.dropout import as_seed
 from fusedpeft.ops.lora import DECODE, choose_impl, lora_linear, lora_linear_ref, whole_x
-from fusedpeft.ops.lora_check import PLAIN, check_decode, check_multi, decode_ok
+from fusedpeft.ops.lora_check import check_decode, check_multi, decode_ok
 from fusedpeft.ops.lora_choice import use_triton
 from fusedpeft.ops.lora_cpu import aten_multi_bwd, aten_multi_fwd
 from fusedpeft.ops.lora_dora import dora_factor
@@ -265,7 +265,7 @@ def _multi(x, ws, as_, bs, scales, biases, dropout_p, seed, impl) -> Sequence[Te
     """x [M, K]: DoRA and autocast are done with."""
     tensors = [t for t in (x, *ws, *as_, *bs, *biases) if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    plain = all(type(t) in PLAIN for t in tensors) and not torch.compiler.is_compiling()
+    plain = is_plain(tensors)
     trios = [t for t in zip(ws, as_, bs, strict=True) if t[1] is not None]
     if impl in DECODE:
         for trio in trios:

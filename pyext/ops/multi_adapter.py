@@ -21,7 +21,7 @@ from fusedpeft.ops.adapter_native import (
     is_sound,
     multi_fwd,
 )
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import is_plain
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import Adapter, AdapterSlots, check_slots
 
@@ -193,7 +193,7 @@ def multi_bottleneck_adapter(
     grads = torch.is_grad_enabled()
     if not grads and impl is None and norm_position == "before" and native is not None:
         given = (x, pool, slots, residual, norm_weight, norm_bias, activation, norm)
-        if not torch.compiler.is_compiling() and is_sound(*given):
+        if is_plain((x, slots)) and is_sound(*given):
             return multi_fwd(*given, norm_eps)
     check_multi(
         x, pool, slots, residual, norm_weight, norm_bias,
@@ -210,7 +210,7 @@ def multi_bottleneck_adapter(
         norm_weight if before else None, norm_bias if before else None,
         activation, norm if before else "", float(norm_eps), add_x, impl or "",
     )  # fmt: skip
-    plain = not torch.compiler.is_compiling() and all(type(t) in PLAIN for t in given)
+    plain = is_plain(given)
     y = (_forward if plain else torch.ops.fusedpeft.multi_bottleneck_adapter)(*args)
     if norm is not None and not before:
         y = _norm_after(y, pool, slots, norm, norm_weight, norm_bias, norm_eps)

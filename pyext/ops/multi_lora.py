@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.arguments import autocast, autocasts, check_triton, device_of
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import autocast, autocasts, check_triton, device_of, is_plain
 from fusedpeft.ops.multi_lora_cpu import (
     MAX_NATIVE_TOKENS,
     aten_fwd,
@@ -219,15 +218,15 @@ def multi_lora_linear(
     """
     if autocasts(device := device_of(x)):
         x, w, bias = autocast(device, x, w, bias)
-    compiling = torch.compiler.is_compiling()
-    if impl is None and not compiling and is_sound(x, w, pool, slots, bias):
+    plain = is_plain((x, w, slots))
+    if impl is None and plain and is_sound(x, w, pool, slots, bias):
         if x.is_cpu and slots.shape[0] <= MAX_NATIVE_TOKENS and native_ok(x, w):
             return native_fwd(x, w, pool, slots, bias)
         if x.is_cuda and fast_ok(x, w, pool, slots) and not debugging():
             return cuda_fwd(x, w, pool, slots, bias)
     _check(x, w, pool, slots, bias, impl)
     x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if not compiling and all(type(t) in PLAIN for t in (x, w, *pool[:4], slots)):
+    if plain and is_plain(pool[:4]):
         y = _forward(x2, w, pool, slots, bias, impl or "")
     else:
         args = (x2, w, *pool[:4], slots, bias, pool.sizes, impl or "")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import PLAIN, is_plain
 from fusedpeft.ops.lora_cpu import wide, widens
 from fusedpeft.ops.native import DTYPE_CODES, native
 from fusedpeft.ops.slots import LoRASlots, check_slots
@@ -175,7 +175,7 @@ def prepared(
     def call(x: Tensor, slots: Tensor, _held=(w, bias, pool)) -> Tensor | None:
         m = slots.shape[0]
         sound = (
-            type(x) is Tensor
+            is_plain((x,))
             and m <= MAX_NATIVE_TOKENS
             and x.dtype == dtype
             and x.is_cpu

@@ -19,13 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
 from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes, plainly_decodes
 from fusedpeft.ops.prefix_decode_impls import as_slots, forward, native_shared
 from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_decode_impl
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _row_ref(q, k, v, pk, pv, causal, scale, mask, window):
@@ -227,8 +225,7 @@ def prefix_attention(
     Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
     device that has no kernel.
     """
-    plain = all([type(t) in _PLAIN for t in (q, k, v, prefix_k, prefix_v)])
-    plain = plain and not torch.compiler.is_compiling() and not q.is_meta
+    plain = is_plain((q, k, v, prefix_k, prefix_v)) and not q.is_meta
     rare = not plain or not (mask is cu_seqlens is prefix_ids is impl is None)
     if not rare and plainly_decodes(q, k, v, prefix_k, prefix_v, causal, window, scale):
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import is_plain
 from fusedpeft.ops.prefix_attention import _row_ref
 from fusedpeft.ops.prefix_attention_aten import acc_dtype
 from fusedpeft.ops.prefix_decode_checks import check
@@ -113,6 +113,5 @@ def prefix_decode_attention(
     impl = impl or choose_impl(q.device.type, q.dtype)[0]
     reach = min(window or 0, 1 << 30)  # of 32 bits in the kernels
     args = (*given, prefix.length, slots, lengths, block_table, scale, reach, impl)
-    plain = not torch.compiler.is_compiling() and all(type(t) in PLAIN for t in given)
-    out, lse = (forward if plain else torch.ops.fusedpeft.prefix_decode_attention)(*args)
+    out, lse = (forward if is_plain(given) else torch.ops.fusedpeft.prefix_decode_attention)(*args)
     return (out, lse) if return_lse else out

@@ -8,24 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fusedpeft.ops.arguments import is_plain
 from fusedpeft.ops.native import DTYPE_CODES, native
 
 if TYPE_CHECKING:
     from fusedpeft.ops.quantised import QuantisedWeight
 
-_REAL = (Tensor, torch.nn.Parameter)
 _COLUMNS = 64  # slabs of columns are multiples of it, where that many fit
 
 
 def readable(*tensors: Tensor) -> bool:
     """Whether C++ can take their addresses: the extension is there, they lie in this memory and no
     compiler looks on."""
-    return (
-        native is not None
-        and all(type(t) in _REAL and t.is_cpu for t in tensors)
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-    )
+    return native is not None and is_plain(tensors) and all([t.is_cpu for t in tensors])
 
 
 def _weight(weight: QuantisedWeight) -> tuple[list[Tensor], list[int], bool]:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.lora_check import PLAIN
+from fusedpeft.ops.arguments import is_plain
 
 
 def soft_prompt_embedding_ref(
@@ -233,7 +233,7 @@ def soft_prompt_embedding(
     """
     _check(input_ids, table, prompt, prompt_ids)
     args = (input_ids, table, prompt[None] if prompt_ids is None else prompt, prompt_ids)
-    if torch.compiler.is_compiling() or not all(type(t) in PLAIN for t in (table, prompt)):
+    if not is_plain((input_ids, table, prompt)):
         return torch.ops.fusedpeft.soft_prompt_embedding(*args)
     if torch.is_grad_enabled() and (table.requires_grad or prompt.requires_grad):
         return _SoftPrompt.apply(*args)
