@@ -96,6 +96,15 @@ void multi_lora(Address x, Address w, Address bias, Address y, Address slots, Ad
                   adapter_dtype);
 }
 
+void linear(Address x, Address w, Address bias, Address y, int64_t m, int64_t k, int64_t n, int64_t sx,
+            int64_t sw, int dtype) {
+  check_matrix("x", x, m, k, sx);
+  check_matrix("w", w, n, k, sw);
+  check_matrix("y", y, m, n, n);
+  py::gil_scoped_release release;
+  cpu::linear(pointer(x), pointer(w), pointer(bias), pointer(y), m, k, n, sx, sw, n, dtype);
+}
+
 void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype) {
   check_matrix("x", x, rows, cols, sx);
@@ -177,6 +186,34 @@ void check_keys(const char* name, Address address, const Strides& strides) {
   for (int64_t stride : strides)
     check(stride >= 0, name, ": expected strides >= 0, got ", stride);
   check(address != 0, name, ": expected an address, got null");
+}
+
+using Place = std::array<int64_t, 4>;  // an address (0: none), and strides of the first three dims
+
+// of: q, k, v, pk, pv, out, dout, dq, dk, dv. sizes: b, h, hkv, t, s, p, d. Strides of the mask: of
+// b, h and t.
+void prefix_train(const std::array<Place, 10>& of, Address ids, Address lse, const Place& mask,
+                  Address dlse, Address dpk, Address dpv, Address work, int64_t threads,
+                  const std::array<int64_t, 7>& sizes, int64_t window, bool causal, double scale,
+                  int dtype) {
+  const auto floats = [](Address address) { return static_cast<float*>(pointer(address)); };
+  std::array<cpu::Keys, 10> keys;
+  for (size_t i = 0; i < of.size(); ++i)
+    keys[i] = {pointer(static_cast<Address>(of[i][0])), of[i][1], of[i][2], of[i][3]};
+  const auto [b, h, hkv, t, s, p, d] = sizes;
+  for (int i : {0, 1, 2, 5}) check(keys[i].data, "q, k, v, out: expected addresses, got null");
+  check((keys[3].data && keys[4].data) || p == 0, "pk, pv: expected addresses, got null");
+  check(ids && lse && work, "ids, lse, work: expected addresses, got null");
+  check(keys[6].data || !(keys[7].data || dpk), "dout: expected an address, got null");
+  check(!keys[7].data == !keys[8].data && !keys[7].data == !keys[9].data && !dpk == !dpv,
+        "gradients: expected those of q, k, v together, and those of the prefix");
+  py::gil_scoped_release release;
+  cpu::prefix_train({keys[0], keys[1], keys[2], keys[3], keys[4], keys[5],
+                     static_cast<const int64_t*>(pointer(ids)),
+                     floats(static_cast<Address>(mask[0])), mask[1], mask[2], mask[3], floats(lse),
+                     b, h, hkv, t, s, p, d, window, causal, static_cast<float>(scale), dtype,
+                     keys[6], keys[7], keys[8], keys[9], floats(dlse), floats(dpk), floats(dpv),
+                     floats(work), threads});
 }
 
 void prefix_decode(Address q, Address k, Address v, Address pk, Address pv, Address slots,
@@ -345,8 +382,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("adapter_decode_one", &adapter_decode_one, "As adapter_decode, one adapter for all rows.");
   m.def("multi_lora", &multi_lora,
         "y = x Wᵀ + bias on a CPU, and of each row its own slot's scale · B (A x).");
+  m.def("linear", &linear, "y = x Wᵀ + bias on a CPU, for up to 64 rows.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
+  m.def("prefix_train", &prefix_train,
+        "Attention of many queries over a prefix and keys on a CPU, or with dout its gradients.");
+  m.def("prefix_train_floats", &cpu::prefix_train_floats, "Of `work`, for each thread.");
   m.def("prefix_decode", &prefix_decode, "Attention of a few queries over prefix and keys on a CPU.");
 #if FUSEDPEFT_CUDA
   m.def("adapter_decode_cuda", &adapter_decode_cuda, "adapter_decode on a CUDA stream, in one launch.");

@@ -125,7 +125,7 @@ def _choices(cuda: bool, triton: bool) -> list[dict]:
             case = f"{device.upper()}, {label}"
             row = {"op": "multi_bottleneck_adapter", "case": case, "impl": impl, "why": why}
             found.append(row)
-        impl, why = choose_prefix_impl(device)
+        impl, why = choose_prefix_impl(device, flash=native is not None)
         found.append({"op": "prefix_attention", "case": device.upper(), "impl": impl, "why": why})
         decode, why = choose_prefix_decode_impl(device, torch.float32)
         row = {"op": "prefix_decode_attention", "case": device.upper(), "impl": decode, "why": why}

@@ -85,6 +85,7 @@ inline void put(F v, Float16* p) {
 #include "dropout.h"
 #include "multi_lora.h"
 #include "prefix_decode.h"
+#include "prefix_train.h"
 #include "quantised.h"
 
 namespace fusedpeft::cpu::avx2 {
@@ -96,6 +97,7 @@ void decode_quantised(const Decode& d, const Quantised& w) { decode_quantised_an
 void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
+void prefix_train(const PrefixTrain& a) { prefix_train_any(a); }
 void multi_lora(const MultiLora& d) { multi_any(d); }
 
 }  // namespace fusedpeft::cpu::avx2

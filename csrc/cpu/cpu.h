@@ -101,6 +101,10 @@ void multi_lora(const void* x, const void* w, const void* bias, void* y, const i
                 const LoraSlots& pool, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw,
                 int64_t sy, int dtype, int adapter_dtype);
 
+// y = x W^T + bias: as multi_lora for m <= 64 tokens of which none names a slot.
+void linear(const void* x, const void* w, const void* bias, void* y, int64_t m, int64_t k, int64_t n,
+            int64_t sx, int64_t sw, int64_t sy, int dtype);
+
 // out[rows,cols] = x * keep(row, col) / (1 - p); the mask is specified in pyext/ops/dropout.py.
 void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype);
@@ -122,6 +126,31 @@ void prefix_decode(const void* q, Keys k, Keys v, Keys pk, Keys pv, const int32_
                    void* out, float* lse, int64_t b, int64_t h, int64_t hkv, int64_t t, int64_t s,
                    int64_t d, int64_t slot_count, int64_t max_prefix, int64_t table_stride,
                    int64_t block, int64_t block_count, double scale, int64_t window, int dtype);
+
+// Attention of q[b,h,t,d] over the prefix in row ids[b] of pk and pv (-1: none), whole, and the keys
+// k, v[b,hkv,s,d] of the same row, the last query being at the last of them. Everything but lse,
+// mask, dpk and dpv is of dtype, d of a token lying together.
+struct PrefixTrain {
+  Keys q, k, v, pk, pv, out;
+  const int64_t* ids;
+  const float* mask;  // added to the scores of keys; null: none
+  int64_t mask_b, mask_h, mask_t;
+  float* lse;  // [b,h,t]
+  int64_t b, h, hkv, t, s, p, d;
+  int64_t window;  // 0: none
+  bool causal;
+  float scale;
+  int dtype;
+  // Backward, where dout has data. dq, dk, dv: all or none.
+  Keys dout, dq, dk, dv;
+  const float* dlse;  // [b,h,t]; null: zeros
+  float *dpk, *dpv;   // [*,hkv,p,d], added to; both or none
+  float* work;        // prefix_train_floats for each of `threads`
+  int64_t threads;
+};
+int64_t prefix_train_floats(int64_t p, int64_t s, int64_t d, bool backward);
+// Throws std::invalid_argument for other codes or sizes, before anything is written.
+void prefix_train(const PrefixTrain& a);
 
 // What runs here: "amx", "avx512_bf16", "avx512", "avx2" or "portable", the best of the chip. The
 // environment variable FUSEDPEFT_CPU, read once, forces one; std::invalid_argument where the chip

@@ -22,6 +22,7 @@ struct Level {
   void (*prefix_decode)(const PrefixDecode&);
   void (*multi_lora)(const MultiLora&);
   void (*adapter_train)(const AdapterTrain&);
+  void (*prefix_train)(const PrefixTrain&);
   void (*dequantise)(const Dequantise&);
   void (*decode_quantised)(const Decode&, const Quantised&);
 };
@@ -62,24 +63,25 @@ const Level* levels(int* count) {
   static const bool tiles = bf16 && amx::here();
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_tiles, adapter_train_in_tiles, avx512::dequantise, decode_quantised_in_tiles},
+       multi_lora_in_tiles, adapter_train_in_tiles, avx512::prefix_train, avx512::dequantise,
+       decode_quantised_in_tiles},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
-       multi_lora_in_bf16, avx512::adapter_train, avx512::dequantise,
+       multi_lora_in_bf16, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
        avx512::decode_quantised},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
-       avx512::multi_lora, avx512::adapter_train, avx512::dequantise,
+       avx512::multi_lora, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
        avx512::decode_quantised},
       {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
-       avx2::multi_lora, avx2::adapter_train, avx2::dequantise,
+       avx2::multi_lora, avx2::adapter_train, avx2::prefix_train, avx2::dequantise,
        avx2::decode_quantised},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
-       portable::prefix_decode, portable::multi_lora, portable::adapter_train, portable::dequantise,
-       portable::decode_quantised}};
+       portable::prefix_decode, portable::multi_lora, portable::adapter_train,
+       portable::prefix_train, portable::dequantise, portable::decode_quantised}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
                                portable::dropout, portable::prefix_decode, portable::multi_lora,
-                               portable::adapter_train, portable::dequantise,
-                               portable::decode_quantised}};
+                               portable::adapter_train, portable::prefix_train,
+                               portable::dequantise, portable::decode_quantised}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -235,6 +237,24 @@ void adapter_train(const AdapterTrain& a) {
   level().adapter_train(a);
 }
 
+int64_t prefix_train_floats(int64_t p, int64_t s, int64_t d, bool backward) {
+  constexpr int64_t keys = 48, queries = 48, vector = 16;  // at most, of any instruction set
+  const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
+  const int64_t dp = up(d, vector), all = (up(p, keys) + up(s, keys)) * dp;
+  const int64_t some = queries * dp, square = queries * keys;
+  return backward ? 6 * all + 5 * some + 2 * square : 2 * all + 2 * some + square;
+}
+
+void prefix_train(const PrefixTrain& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.b >= 1 && a.t >= 1 && a.s >= a.t, "b, t, s: expected >= 1, s >= t", a.t);
+  check(a.hkv >= 1 && a.h >= a.hkv && a.h % a.hkv == 0, "h: expected a multiple of hkv", a.h);
+  check(a.p >= 0, "p: expected >= 0", a.p);
+  check(a.d >= 1, "d: expected >= 1", a.d);
+  check(a.threads >= 1, "threads: expected >= 1", a.threads);
+  level().prefix_train(a);
+}
+
 void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,
                 const LoraSlots& pool, int64_t m, int64_t k, int64_t n, int64_t sx, int64_t sw,
                 int64_t sy, int dtype, int adapter_dtype) {
@@ -297,6 +317,14 @@ void multi_lora(const void* x, const void* w, const void* bias, void* y, const i
                         pool.a_row, order, parts.data(), batches,
                         static_cast<int64_t>(parts.size()), count, floats, dtype, adapter_dtype});
   }
+}
+
+void linear(const void* x, const void* w, const void* bias, void* y, int64_t m, int64_t k, int64_t n,
+            int64_t sx, int64_t sw, int64_t sy, int dtype) {
+  static const std::vector<int32_t> none(kMaxTokens, -1);
+  check(m <= kMaxTokens, "m: expected <= 64", m);
+  const LoraSlots pool = {nullptr, nullptr, nullptr, nullptr, &n, 0, 1, kRankStep, 0, 0, 0};
+  multi_lora(x, w, bias, y, none.data(), pool, m, k, n, sx, sw, sy, dtype, dtype);
 }
 
 void dropout(const void* x, void* out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,

@@ -115,6 +115,7 @@ void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
+void prefix_train(const PrefixTrain& a);
 }  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
@@ -126,6 +127,7 @@ void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
+void prefix_train(const PrefixTrain& a);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
@@ -136,6 +138,7 @@ void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
 void prefix_decode(const PrefixDecode& d);
+void prefix_train(const PrefixTrain& a);
 }  // namespace avx512
 namespace avx512_bf16 {
 void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers.linear import PLAIN_FORWARDS
 from fusedpeft.layers.state import unwrap
 from fusedpeft.ops import linear_cross_entropy
 
@@ -77,7 +78,7 @@ def _check(model: nn.Module) -> nn.Linear:
         or (two and not hasattr(model, "prepare_decoder_input_ids_from_labels"))
     ):
         raise InputError(f"fuse_loss: expected a causal LM or an encoder-decoder, got {kind}")
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    if not isinstance(head, nn.Linear) or type(head).forward not in PLAIN_FORWARDS:
         raise InputError(
             f"fuse_loss: expected an nn.Linear as output layer of {kind}, got "
             f"{type(head).__name__}: leave it out of the adapter's targets"

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
 from fusedpeft.layers.config import ALL_LINEAR
+from fusedpeft.layers.linear import PLAIN_FORWARDS
 from fusedpeft.layers.lora import LoraLinear
 
 SIBLINGS = (  # children of one module that read the same x, in the order of a stacked weight
@@ -65,7 +66,7 @@ def _why_not(module: nn.Module) -> str | None:
         return f"a {kind.__name__}: expected nn.Linear or Conv1D"
     # A subclass with its own forward (quantised, fused) does something that W alone does not tell,
     # and nn.MultiheadAttention reads its projection's weight without calling it.
-    plain = kind.forward is nn.Linear.forward or kind.forward is Conv1D.forward
+    plain = kind.forward in (*PLAIN_FORWARDS, Conv1D.forward)
     if not plain or kind.__name__ == "NonDynamicallyQuantizableLinear":
         return f"a {kind.__module__}.{kind.__name__}: expected a plain nn.Linear or Conv1D"
     if not module.weight.is_floating_point() or module.weight.ndim != 2:

@@ -21,7 +21,14 @@ from torch import Tensor
 from fusedpeft.ops import twice
 from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
-from fusedpeft.ops.prefix_attention_checks import DECODE, check, decodes, plainly_decodes
+from fusedpeft.ops.prefix_attention_checks import (
+    DECODE,
+    check,
+    decodes,
+    flash_ok,
+    plainly_decodes,
+)
+from fusedpeft.ops.prefix_attention_cpu import flash_bwd, flash_fwd
 from fusedpeft.ops.prefix_decode_impls import as_slots, forward, native_shared
 from fusedpeft.ops.prefix_decode_impls import choose_impl as choose_decode_impl
 
@@ -57,13 +64,16 @@ def prefix_attention_ref(
     return (out, lse) if return_lse else out
 
 
-def choose_impl(device_type: str, decode: str = "") -> tuple[str, str]:
+def choose_impl(device_type: str, decode: str = "", flash: bool = True) -> tuple[str, str]:
     """(implementation, why) that `prefix_attention` takes by itself. Pure; `doctor` prints it.
 
-    decode: what `prefix_decode_attention` takes there, for a call that it can answer."""
+    decode: what `prefix_decode_attention` takes there, for a call that it can answer. flash: C++'s
+    kernel for many queries takes the tensors."""
     if decode in DECODE:
         why = "few queries without gradients: the kernel of prefix_decode_attention"
         return decode, why
+    if device_type == "cpu" and flash:
+        return "flash", "C++: one pass over prefix and keys, the prefix packed once a head"
     if device_type == "cpu":
         return "aten", "two calls of ATen's flash attention, merged by their logsumexp"
     if device_type == "cuda":
@@ -85,6 +95,10 @@ _lib.define(
 )
 
 
+def _flashes(impl: str, q: Tensor, k: Tensor) -> bool:
+    return impl == "flash" or (impl == "" and flash_ok(q, k))
+
+
 def _forward(*args):
     *args, impl = args
     if impl in DECODE:
@@ -95,7 +109,7 @@ def _forward(*args):
         from fusedpeft.kernels.prefix_attention import prefix_attention_fwd
 
         return prefix_attention_fwd(*args)
-    return aten_fwd(*args)
+    return (flash_fwd if _flashes(impl, *args[:2]) else aten_fwd)(*args)
 
 
 def _backward(*args):
@@ -104,7 +118,7 @@ def _backward(*args):
         from fusedpeft.kernels.prefix_attention import prefix_attention_bwd
 
         return prefix_attention_bwd(*args, need)
-    return aten_bwd(*args, need)
+    return (flash_bwd if _flashes(impl, *args[2:4]) else aten_bwd)(*args, need)
 
 
 _lib.impl("prefix_attention", _forward, "CompositeExplicitAutograd")
@@ -233,12 +247,16 @@ def prefix_attention(
         return (out, lse) if return_lse else out
     if autocasts(device := device_of(q)):
         q, k, v, prefix_k, prefix_v = autocast(device, q, k, v, prefix_k, prefix_v)
+    given = impl
     if impl is None:
         few = decodes(q, k, v, prefix_k, prefix_v, causal, mask, cu_seqlens)
-        impl = choose_impl(device, choose_decode_impl(device, q.dtype)[0] if few else "")[0]
+        decode = choose_decode_impl(device, q.dtype)[0] if few else ""
+        impl = choose_impl(device, decode, flash=False)[0]
     check(q, k, v, prefix_k, prefix_v, mask, window, cu_seqlens, prefix_ids, scale, causal, impl)
     tensors = (q, k, v, prefix_k, prefix_v, mask, cu_seqlens, prefix_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if given is None and impl == "aten":
+        impl = ""  # "flash" or "aten": what decides cannot be asked under a compiler
     args = (*tensors, bool(causal), scale, _reach(window, k), impl)
     run = _forward if impl in DECODE else _PrefixAttention.apply
     out, lse = (run if plain else torch.ops.fusedpeft.prefix_attention)(*args)

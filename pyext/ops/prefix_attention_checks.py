@@ -12,7 +12,7 @@ from fusedpeft.ops.arguments import check_number, check_triton
 from fusedpeft.ops.native import DTYPE_CODES, native
 
 MAX_HEAD_DIM = 256
-IMPLS = ("aten", "triton", "native", "cuda")
+IMPLS = ("flash", "aten", "triton", "native", "cuda")
 DECODE = ("native", "cuda")  # the kernels of prefix_decode_attention
 MAX_DECODE_QUERIES = 8
 
@@ -93,6 +93,20 @@ def decodes(q, k, v, pk, pv, causal: bool, mask, cu) -> bool:
     )
 
 
+def flash_ok(q: Tensor, k: Tensor) -> bool:
+    """Whether the C++ kernel for many queries takes them and has work for every thread: each has
+    heads of k of its own."""
+    return (
+        native is not None
+        and isinstance(q, Tensor)
+        and isinstance(k, Tensor)
+        and q.is_cpu
+        and q.dtype in DTYPE_CODES
+        and k.ndim == 4
+        and k.shape[1] >= torch.get_num_threads()
+    )
+
+
 def plainly_decodes(q, k, v, pk, pv, causal: bool, window, scale) -> bool:
     """Whether `check` would pass and the C++ kernel answers, for one prefix and without mask,
     cu_seqlens and prefix_ids: in 4 us instead of 30, as every layer of a decoded token asks it.
@@ -143,8 +157,12 @@ def _check_impl(impl: str, q: Tensor) -> None:
         raise NotImplementedError(f"prefix_attention: expected CPU or CUDA tensors, got {device}")
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")
-    if impl == "aten" and device != "cpu":
-        raise ValueError(f"impl='aten': expected CPU tensors, got {device}; use 'triton'")
+    if impl in ("aten", "flash") and device != "cpu":
+        raise ValueError(f"impl={impl!r}: expected CPU tensors, got {device}; use 'triton'")
+    if impl == "flash" and q.dtype not in DTYPE_CODES:
+        raise TypeError(f"impl='flash': expected fp32, bf16 or fp16, got {q.dtype}; use 'aten'")
+    if impl == "flash" and native is None:
+        raise ValueError("impl='flash': expected fusedpeft._C; build it: pip install -e .")
     if impl == "triton":
         check_triton(q)
 

@@ -2,8 +2,8 @@
 
 Linears that read the same x (q, k and v; gate and up) are one product: their weights are moved into
 one matrix, of which each keeps its rows as a view. The first of them to be called computes for all,
-the others take their part of it, as long as they are called with the very same x. The output head
-has no adapter, but on a CPU the kernel for few tokens is several times faster than F.linear.
+the others take their part of it, as long as they are called with the very same x. Linears
+without adapters, the output head among them, become those of `fusedpeft.layers.linear`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
+from fusedpeft.layers import linear
 from fusedpeft.layers.state import SERVED, State
-from fusedpeft.ops.lora import MAX_DECODE_TOKENS
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.multi_lora_cpu import prepared
-from fusedpeft.ops.slots import LoRASlots, empty_lora_slots
+from fusedpeft.ops.slots import LoRASlots
 from fusedpeft.serve.model_places import width
 from fusedpeft.serve.sublayers import install_sublayers
 
@@ -224,8 +224,9 @@ class Serving:
             raise InputError("install: the model is served by a pool already; uninstall that first")
         linears = self._linears(model)
         with ExitStack() as undo:
+            linear.hasten(model)
+            undo.callback(linear.restore, model)
             self._install_linears(linears, undo)
-            self._install_head(model, undo)
             install_sublayers(model, self.pool, self.current, undo)
             for name in (SERVED, "__deepcopy__", "__reduce_ex__"):
                 setattr(model, name, _refuse)  # a copy's linears would be those of this one
@@ -258,12 +259,6 @@ class Serving:
                 single = len(modules) == 1
                 module.forward = self._alone(group) if single else self._part(group, i)
 
-    def _install_head(self, model: nn.Module, undo: ExitStack) -> None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if type(head) is nn.Linear and head.weight.is_cpu and "forward" not in head.__dict__:
-            head.forward = self._bare(head)
-            undo.callback(delattr, head, "forward")
-
     def uninstall(self) -> None:
         if self.undo:
             self.undo.close()
@@ -287,25 +282,6 @@ class Serving:
                 self.current.leave(batch)
         finally:
             pool.release(slots)
-
-    def _bare(self, module: nn.Linear) -> Callable[[Tensor], Tensor]:
-        """A linear without adapters: no row of a batch names a slot of a pool that has none."""
-        current, (n, k), dtype = self.current, module.weight.shape, module.weight.dtype
-        pool = empty_lora_slots(k, (n,), slots=1, max_rank=1, dtype=dtype)
-        none = torch.full((MAX_DECODE_TOKENS,), -1, dtype=torch.int32)
-        call, address = (
-            prepared(module.weight.detach(), pool, module.bias),
-            module.weight.data_ptr(),
-        )
-
-        def forward(x: Tensor) -> Tensor:
-            y, few = None, x.numel() <= MAX_DECODE_TOKENS * k
-            same = module.weight.data_ptr() == address  # unless somebody gave it another
-            if few and same and current.batch is not None:
-                y = call(x, none[: x.numel() // k])
-            return nn.Linear.forward(module, x) if y is None else y
-
-        return forward
 
     def _alone(self, group: _Group) -> Callable[[Tensor], Tensor]:
         current, module = self.current, group.modules[0]

@@ -90,6 +90,7 @@ int main() {
     drop(2, 64, dtype, 0);
   }
   multi_lora_checks();
+  prefix_train_checks();
   quantised_checks();
   if (!refuses(-1, 1, 0, 0) || !refuses(1, 0, 0, 0) || !refuses(1, 1, 3, 3) || !refuses(1, 1, 1, 2))
     ++failures, std::puts("bad arguments were taken");

@@ -83,5 +83,6 @@ inline double step_of(int dtype) {
 
 }  // namespace fusedpeft::cpu
 
-void multi_lora_checks();  // cpu_multi_lora.cpp
-void quantised_checks();   // cpu_quantised.cpp
+void multi_lora_checks();    // cpu_multi_lora.cpp
+void quantised_checks();     // cpu_quantised.cpp
+void prefix_train_checks();  // cpu_prefix_train.cpp

@@ -102,6 +102,23 @@ void run(int64_t m, int64_t k, const std::vector<int64_t>& sizes, int dtype, int
       if (!std::isnan(y(i, j)) && failures++ < 5) std::printf("y[%ld,%ld] was overwritten\n", i, j);
 }
 
+void run_alone(int64_t m, int64_t k, int64_t n, int dtype) {
+  std::mt19937 random(static_cast<unsigned>(m * 31 + k * 7 + n));
+  Matrix x(m, k, 0, dtype), w(n, k, 3, dtype), c(1, n, 0, dtype), y(m, n, 1, dtype);
+  for (Matrix* t : {&x, &w, &c, &y}) t->fill(random);
+  linear(x.bytes.get(), w.bytes.get(), c.bytes.get(), y.bytes.get(), m, k, n, x.stride, w.stride,
+         y.stride, dtype);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double want = c(0, j), size = std::fabs(want);
+      for (int64_t q = 0; q < k; ++q) want += x(i, q) * w(j, q), size += std::fabs(x(i, q) * w(j, q));
+      if (!(std::fabs(y(i, j) - want) <= step_of(dtype) * std::fabs(want) + 1e-6 * size) &&
+          failures++ < 5)
+        std::printf("linear: m %ld k %ld n %ld dtype %d: y[%ld,%ld] expected %g, got %g\n", m, k, n,
+                    dtype, i, j, want, y(i, j));
+    }
+}
+
 bool refuses(int32_t slot, int64_t rank, int64_t max_rank, int64_t n, int dtype, int adapter,
              const char* message) {
   const float v[64] = {}, scale = 1;
@@ -132,6 +149,8 @@ void multi_lora_checks() {
     run(1, 1088, {130}, dtype, adapter, false, 0, 3);
     run(3, 8, {0}, dtype, adapter, false, 0, 2);
   }
+  for (int dtype : {0, 1, 2})
+    for (int64_t m : {0, 1, 5, 16, 64}) run_alone(m, 33, 40, dtype), run_alone(m, 1056, 70, dtype);
   if (!refuses(1, 8, 8, 8, 0, 0, "slots: expected -1 (no adapter) or 0..0, got 1") ||
       !refuses(-2, 8, 8, 8, 0, 0, "got -2") || !refuses(0, -1, 8, 8, 0, 0, "holds no adapter") ||
       !refuses(0, 9, 8, 8, 0, 0, "rank: expected <= max_rank, got 9") ||

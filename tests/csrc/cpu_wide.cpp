@@ -27,6 +27,7 @@ F half(const Float16* p);
 #include "cpu/dropout.h"
 #include "cpu/multi_lora.h"
 #include "cpu/prefix_decode.h"
+#include "cpu/prefix_train.h"
 #include "cpu/quantised.h"
 
 namespace fusedpeft::cpu {
@@ -160,6 +161,7 @@ void decode_quantised(const Decode& d, const Quantised& w) {
 void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
+void prefix_train(const PrefixTrain& a) { prefix_train_any(a); }
 void multi_lora(const MultiLora& d) {
   if (d.dtype != kBFloat16) return multi_any(d);
   if (fit_tiles(d)) return run_multi(TileCall<Pairs>(d));

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fopenmp", f"-I{CSRC}"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-DRIVERS = ("cpu_driver", "cpu_multi_lora", "cpu_quantised")
+DRIVERS = ("cpu_driver", "cpu_multi_lora", "cpu_prefix_train", "cpu_quantised")
 LEVELS = ["amx", "avx512_bf16", "avx512", "avx2", "portable"]
 needs_native = pytest.mark.skipif(native is None, reason="the extension is not built")
 

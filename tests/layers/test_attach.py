@@ -1,6 +1,7 @@
 """attach, activate, detach: what changes, what does not, what the model still can do."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 import fusedpeft as fp
 from fusedpeft.errors import InputError
 from fusedpeft.layers import LoraLinear
+from fusedpeft.ops import linear_cpu
 
 
 def logits(model, ids):
@@ -50,6 +52,36 @@ def test_what_is_added_is_in_the_model_s_mode(build, config, training):
     fp.attach(model, config)
     fp.attach(model, config, "second")
     assert {m.training for m in model.modules()} == {training}
+
+
+@pytest.mark.parametrize(
+    "config", [fp.LoRA(targets=["q_proj"]), fp.BottleneckAdapter(4), fp.PrefixTuning(4)]
+)
+def test_a_few_tokens_take_the_kernel_and_no_trace_stays(llama, ids, config, monkeypatch):
+    if linear_cpu.native is None:
+        pytest.skip("fusedpeft._C is not built")
+    monkeypatch.setattr(linear_cpu, "_LEAST", 0)
+    before, kinds = logits(llama, ids[:, :2]), [type(m) for m in llama.modules()]
+    fp.attach(llama, config)
+    fp.activate(llama, None)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(llama)))
+    kernel = Counting(linear_cpu.native)
+    monkeypatch.setattr(linear_cpu, "native", kernel)
+    torch.testing.assert_close(logits(again, ids[:, :2]), before)
+    assert kernel.calls == 15  # 7 linears in each of two layers, and the head
+    logits(llama, ids)  # 18 rows
+    assert kernel.calls == 15
+    fp.detach(llama)
+    assert [type(m) for m in llama.modules()] == kinds
+
+
+class Counting:
+    def __init__(self, native):
+        self.native, self.calls = native, 0
+
+    def linear(self, *args):
+        self.calls += 1
+        return self.native.linear(*args)
 
 
 def test_init_is_uniform_in_one_over_root_k(llama):

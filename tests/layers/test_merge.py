@@ -97,15 +97,13 @@ def test_a_tied_head_is_untied_by_merge_and_tied_again(make_llama, ids, stir):
 @pytest.mark.parametrize("tie", [False, True])
 def test_unload_leaves_a_plain_model(make_llama, ids, stir, tie):
     model = make_llama(tie=tie)
-    modules, flags = (
-        list(dict(model.named_modules())),
-        {p.requires_grad for p in model.parameters()},
-    )
+    modules = [(path, type(m)) for path, m in model.named_modules()]
+    flags = {p.requires_grad for p in model.parameters()}
     stir(fp.attach(model, fp.LoRA(targets=["lm_head", "q_proj", "up_proj"])))
     before = logits(model, ids)
     fp.merge(model, unload=True)
     torch.testing.assert_close(logits(model, ids), before, rtol=0, atol=1e-5)
-    assert list(dict(model.named_modules())) == modules
+    assert [(path, type(m)) for path, m in model.named_modules()] == modules
     assert not any(
         isinstance(m, LoraLinear) or "_original_weight" in vars(m) for m in model.modules()
     )

@@ -347,7 +347,8 @@ def test_bad_packing(cu):
 
 
 def test_the_choice_of_implementation():
-    assert choose_impl("cpu")[0] == choose_impl("cpu", "aten")[0] == "aten"
+    assert choose_impl("cpu")[0] == choose_impl("cpu", "aten")[0] == "flash"
+    assert choose_impl("cpu", flash=False)[0] == "aten"
     assert choose_impl("cpu", "native")[0] == "native"
     assert choose_impl("cuda", "cuda")[0] == "cuda" and choose_impl("cuda", "aten")[0] == "triton"
     assert choose_impl("cuda")[0] == "triton" and choose_impl("xpu")[0] == "raises"
