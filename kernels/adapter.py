@@ -18,7 +18,6 @@ norm). Weights come from L2 once a block: 4·d·E bytes for 64 rows. Saved: P [M
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from fusedpeft.kernels.adapter_tables import (
     adapter_bwd_config,
     adapter_fwd_config,
 )
+from fusedpeft.kernels.aligned import aligned, cut
 from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import signed_threshold
 from fusedpeft.kernels.sums import ordered_sum
@@ -45,18 +45,13 @@ __all__ = ["adapter_bwd", "adapter_fwd"]
 _ALIASES = {"gelu_new": "gelu_tanh", "swish": "silu"}
 
 
-def _rows(t: Tensor) -> Tensor:
-    """With unit inner stride, which the kernels take for granted; rows may lie anywhere."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
 def _fp32(like: Tensor, *size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=like.device)
 
 
-def _padded(E: int, t: Tensor | None, dim: int) -> Tensor | None:
-    """Zeros up to a multiple of 16 along dim, which counts from the end."""
-    return None if t is None else F.pad(t, (0, 0) * (dim - 1) + (0, -E % 16))
+def _whole(t: Tensor | None, *dims: int) -> Tensor | None:
+    """Contiguous, as the kernels take all but x, residual and dy for granted, and `aligned`."""
+    return None if t is None else aligned(t.contiguous(), *dims)
 
 
 def _fold(
@@ -64,12 +59,12 @@ def _fold(
     norm_w: Tensor | None, norm_b: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(D∘γ [E, d] in x's dtype, its sums g [E], c + D β [E]); without a norm (D, None, c)."""
-    w, c = down_w.contiguous(), None if down_b is None else down_b.contiguous()
+    w, c = _whole(down_w), _whole(down_b)
     if not norm:
         return w.to(dtype), None, c
     E, d = w.shape
     out, g, fc = torch.empty((E, d), dtype=dtype, device=w.device), _fp32(w, E), _fp32(w, E)
-    nw, nb = (None if t is None else t.contiguous() for t in (norm_w, norm_b))
+    nw, nb = _whole(norm_w), _whole(norm_b)
     with on_device(w):
         _adapter_fold_kernel[(E,)](
             w, w if c is None else c, w if nw is None else nw, w if nb is None else nb, out, g, fc,
@@ -86,29 +81,22 @@ def adapter_fwd(
     """(y [M, d], P [M, E] in the adapter's dtype, (μ, 1/σ) [M, 2] fp32 or empty), all fresh.
 
     x and residual [M, d] in fp32, bf16 or fp16; the adapter's tensors share that or are fp32, cast
-    to x's dtype for the tensor cores. norm "", "layer_norm" or "rms_norm". Any strides, E ≥ 1.
+    to x's dtype for the tensor cores. norm "", "layer_norm" or "rms_norm". Any strides, E ≥ 1; d
+    is a multiple of 16, as the op sees to: a norm would count the zeros behind another one.
     """
-    (M, d), E = x.shape, down_w.shape[0]
-    if E % 16:  # loads of U would be an element each
-        y, p, stats = adapter_fwd(
-            x, _padded(E, down_w, 2), _padded(E, down_b, 1), _padded(E, up_w, 1), up_b,
-            residual, norm_w, norm_b, seed, activation, norm, eps, scale, dropout_p, add_x,
-        )  # fmt: skip
-        return y, p[:, :E].contiguous(), stats
+    (M, d), e = x.shape, down_w.shape[0]
+    down_w, down_b, up_w = _whole(down_w, 0), _whole(down_b, 0), _whole(up_w, 1)
+    E = down_w.shape[0]
     y = torch.empty((M, d), dtype=x.dtype, device=x.device)
     p = torch.empty((M, E), dtype=down_w.dtype, device=x.device)
     stats = _fp32(x, M if norm else 0, 2)
     if M == 0 or d == 0:
-        return y, p.zero_(), stats.zero_()  # no output, so no gradient will read P
+        return y, cut(p, M, e).zero_(), stats.zero_()  # no output, so no gradient will read P
     cfg = adapter_fwd_config(M, d, E, arch_of(x.device), elem_bytes=x.element_size())
     whole, down = cfg["whole"], cfg["down"]
     w, g, c = _fold(x.dtype, down_w, down_b, norm, norm_w, norm_b)
-    up, x, bias = (
-        up_w.contiguous().to(x.dtype),
-        _rows(x),
-        None if up_b is None else up_b.contiguous(),
-    )
-    base = x if add_x else None if residual is None else _rows(residual)
+    up, x, bias = up_w.to(x.dtype), aligned(x), _whole(up_b)
+    base = x if add_x else aligned(residual)
     h = y if whole else torch.empty((M, E), dtype=x.dtype, device=x.device)
     drop, factor = dropout_p > 0.0, scale / (1.0 - dropout_p)
     last = (up if bias is None else bias, x if base is None else base, seed if drop else stats)
@@ -131,7 +119,7 @@ def adapter_fwd(
                 h, up, *last, y, factor, threshold, M, d, E, *flags, stride_rm,
                 DROPOUT=drop, **tile,
             )  # fmt: skip
-    return y, p, stats
+    return y, cut(p, M, e), stats
 
 
 def _dp_and_dx(
@@ -195,8 +183,7 @@ def _weight_sums(
 def _norm_grads(part, down_w, norm_w, norm_b, dc, need: tuple[bool, bool, bool]):
     """(dD, dγ, dβ), each in its dtype and empty where not needed, from the partials of dPᵀ x̂."""
     E, d = down_w.shape
-    w = down_w.contiguous()
-    nw, nb = (None if t is None else t.contiguous() for t in (norm_w, norm_b))
+    w, nw, nb = _whole(down_w), _whole(norm_w), _whole(norm_b)
     out = [torch.empty(s if n else 0, dtype=w.dtype, device=w.device)
            for s, n in zip(((E, d), d, d), need, strict=True)]  # fmt: skip
     with on_device(w):
@@ -219,37 +206,32 @@ def adapter_bwd(
     needs a gradient; p where only e does. add_x: the residual was x, and dx takes dy as well.
     """
     need_x, need_dw, need_db, need_uw, need_ub, need_nw, need_nb = need
-    (M, d), E = dy.shape, down_w.shape[0]
-    if E % 16:
-        dx, dw, db, du, *rest = adapter_bwd(
-            dy, x, _padded(E, down_w, 2), _padded(E, down_b, 1), _padded(E, up_w, 1),
-            norm_w, norm_b, _padded(E, p, 1), stats, seed,
-            activation, norm, scale, dropout_p, add_x, need,
-        )  # fmt: skip
-        return dx, dw[:E], db[:E], du[:, :E].contiguous() if need_uw else du, *rest
+    (M, d), e = dy.shape, down_w.shape[0]
     grads = [dy.new_empty(0)] + [down_w.new_empty(0)] * 6
-    shapes = ((M, d), (E, d), (E,), (d, E), (d,), (d,), (d,))
+    shapes = ((M, d), (e, d), (e,), (d, e), (d,), (d,), (d,))
     if M == 0 or d == 0:
         return tuple(
             t.new_zeros(s) if n else t for t, s, n in zip(grads, shapes, need, strict=True)
         )
     activation = _ALIASES.get(activation, activation)
+    down_w, down_b, up_w = _whole(down_w, 0), _whole(down_b, 0), _whole(up_w, 1)
+    E, p = down_w.shape[0], _whole(p, 1)
     cfg = adapter_bwd_config(M, d, E, arch_of(dy.device), elem_bytes=dy.element_size())
-    dy = _rows(dy)
-    x = _rows(x) if x.numel() else dy  # dy stands for what is not read
+    dy = aligned(dy)
+    x = aligned(x) if x.numel() else dy  # dy stands for what is not read
     need_dd = need_dw or need_nw
     need_dc = need_db or need_nb or (need_dw and norm_b is not None)
     dp = dc = None
     if need_x or need_dd or need_dc:
         w, g, c = _fold(dy.dtype, down_w, down_b, norm, norm_w, norm_b)
         dx, dp, dc = _dp_and_dx(
-            dy, x, w, g, c, up_w.contiguous().to(dy.dtype), p, stats, seed,
+            dy, x, w, g, c, up_w.to(dy.dtype), p, stats, seed,
             activation, norm, scale, dropout_p, add_x, cfg,
             need_dx=need_x, need_dp=need_dd, need_dc=need_dc,
         )  # fmt: skip
         grads[0] = dx
         if need_db:
-            grads[2] = dc.to(down_w.dtype)
+            grads[2] = dc[:e].to(down_w.dtype)
     part = down_w.new_empty(0, dtype=torch.float32)
     if need_dd or need_uw or need_ub:
         part, du, de = _weight_sums(
@@ -258,13 +240,14 @@ def adapter_bwd(
         )  # fmt: skip
         factor = scale / (1.0 - dropout_p)
         if need_uw:
-            grads[3] = ordered_sum(du, down_w.dtype, factor)
+            grads[3] = cut(ordered_sum(du, down_w.dtype, factor), d, e)
         if need_ub:
             grads[4] = ordered_sum(de, down_w.dtype, factor)
     if norm and (need_dd or need_nb):
         needs = (need_dw, need_nw, need_nb)
         found = _norm_grads(part, down_w, norm_w, norm_b, dc, needs)
         grads[1], grads[5], grads[6] = found
+        grads[1] = grads[1][:e]
     elif need_dw:
-        grads[1] = ordered_sum(part, down_w.dtype, 1.0)
+        grads[1] = ordered_sum(part, down_w.dtype, 1.0)[:e]
     return tuple(grads)

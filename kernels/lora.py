@@ -5,7 +5,6 @@
 1. shrink: S in one pass over x, the dropout mask recomputed from (seed, row, column).
 2. GEMM: [scale·S | x]·[B | W]ᵀ, R more of K in the same accumulator (lora_gemm.py).
 Where it pays, S is made inside the GEMM's K loop and there is one launch.
-
 Which of the two, at M 8192, K = N = 4096, R 16 in bf16 on a chip of 790 TFLOP/s and 4.3 TB/s: the
 GEMM is 275 GFLOP, 348 µs. A shrink kernel reads x once more, 67 MB, 15.6 µs (4.5 %). In the loop
 it costs 2·M·K·16 FLOP *per column of blocks*: 16/256 of the GEMM, 21.7 µs (6.3 %), and maybe twice
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.aligned import aligned, cut
 from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora_bwd import lora_bwd
@@ -93,18 +93,20 @@ def lora_fwd(
     x's dtype for the tensor cores). Any strides. seed: int64 [1] on the device, read if
     dropout_p > 0.
     """
-    (M, K), N, R = x.shape, w.shape[0], a.shape[0]
-    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
+    M, n, R = x.shape[0], w.shape[0], a.shape[0]
     s = torch.empty((M, R), dtype=a.dtype, device=x.device)
-    if M == 0 or N == 0:
-        return y, s.zero_()  # no output, so no gradient will read S
+    if M == 0 or n == 0:
+        return x.new_empty(M, n), s.zero_()  # no output, so no gradient will read S
+    x, w = aligned(x, 1), aligned(w, 0, 1)
+    a, b, bias = aligned(a, 1), aligned(b, 0), aligned(bias, 0)
+    N, K = w.shape
+    y = torch.empty((M, N), dtype=x.dtype, device=x.device)
     cfg = lora_fwd_config(
         M, N, K, R, arch_of(x.device), dropout=dropout_p > 0.0, elem_bytes=x.element_size()
     )
     fuse = cfg["fuse_shrink"]
-    bias = None if bias is None else bias.contiguous()
     if not fuse:
         shrink(x, a, s, dropout_p, seed, cfg["shrink"])
     args = (x, w.t(), a.t(), b.t(), s, y, scale, cfg["gemm"])
     lora_gemm(*args, tma=cfg["tma"], bias=bias, fuse_s=fuse)
-    return y, s
+    return cut(y, M, n), s

@@ -66,7 +66,7 @@ SPECS = {
         lora_bwd._lora_da_kernel,
         unit="stride_xk",
         types=_SEED | _T | {"da_ptr": "*fp32"},
-        ragged="threshold",
+        ragged="threshold M",
         rank="R",
     ),
     "sum": Spec(sums._sum_kernel, types={"part_ptr": "*fp32"}, ragged="parts"),

@@ -10,8 +10,7 @@
 A trainable base (dw = dyᵀ x) is rare and plain: it is left to torch.matmul.
 
 At M 8192, K = N = 4096, R 16, bf16: dx 275 GFLOP; dy and x once more each (67 MB); partials of T
-4.2 MB, db 8.4 MB and da 2.4 MB, each written and read once. Those of db grow with R: from R 64 on
-they cost as much as a second pass over dy would.
+4.2 MB, db 8.4 MB, da 2.4 MB, each written and read once; from R 64 on db's cost a pass over dy.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.aligned import aligned, cut
 from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora_gemm import lora_gemm
@@ -78,7 +78,7 @@ def _lora_dsdb_kernel(
         tl.store(t_ptrs, t, mask=row_ok[:, None] & r_ok[None, :])
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_da_kernel(
     x_ptr, t_ptr, da_ptr, seed_ptr, threshold, keep_scale,
     M, K, R, rows_per_split,
@@ -180,8 +180,10 @@ def lora_bwd(
         shapes = ((need_dx, dy, (M, K)), (need_dw, w, (N, K)), (need_da, a, (R, K)))
         shapes += ((need_db, b, (N, R)), (need_dbias, dy, (N,)))
         return tuple(t.new_zeros(shape) if n else None for n, t, shape in shapes)
+    dy, a, b = aligned(dy, 1), aligned(a, 1), aligned(b, 0)
+    N16, K16 = dy.shape[1], a.shape[1]
     arch, dropout = arch_of(dy.device), dropout_p > 0.0
-    cfg = lora_bwd_config(M, N, K, R, arch, dropout=dropout, elem_bytes=dy.element_size())
+    cfg = lora_bwd_config(M, N16, K16, R, arch, dropout=dropout, elem_bytes=dy.element_size())
     need_t = need_dx or need_da
     dx = dw = da = db = dbias = t = None
     if need_t or need_db or need_dbias:
@@ -192,16 +194,17 @@ def lora_bwd(
         if need_t:
             t = parts[0][0] if parts[0].shape[0] == 1 else ordered_sum(parts[0], torch.float32, 1.0)
         if need_db:
-            db = ordered_sum(parts[1], b.dtype, scale)
+            db = cut(ordered_sum(parts[1], b.dtype, scale), N, R)
         if need_dbias:
-            dbias = ordered_sum(parts[2], dy.dtype, 1.0)
+            dbias = cut(ordered_sum(parts[2], dy.dtype, 1.0), N)
     if need_da:
-        parts = pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
-        da = ordered_sum(parts, a.dtype, scale)
+        parts = pass_over_x(aligned(x, 1), t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+        da = cut(ordered_sum(parts, a.dtype, scale), R, K)
     if need_dx:
-        dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
-        args = (dy, w, b, a, t, dx, scale, cfg["gemm"])
+        dx = torch.empty((M, K16), dtype=dy.dtype, device=dy.device)
+        args = (dy, aligned(w, 0, 1), b, a, t, dx, scale, cfg["gemm"])
         lora_gemm(*args, tma=cfg["tma"], dropout_p=dropout_p, seed=seed)
+        dx = cut(dx, M, K)
     if need_dw:
-        dw = torch.matmul(dy.t(), x)
+        dw = torch.matmul(dy[:, :N].t(), x)
     return dx, dw, da, db, dbias

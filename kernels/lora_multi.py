@@ -22,6 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fusedpeft.kernels.aligned import aligned, cut
 from fusedpeft.kernels.device import arch_of
 from fusedpeft.kernels.lora import shrink
 from fusedpeft.kernels.lora_bwd import pass_over_dy, pass_over_x
@@ -66,12 +67,14 @@ def lora_multi_fwd(
     As `lora_fwd` for each: x [M,K], w_i [N_i,K], a_i [R_i,K], b_i [N_i,R_i], R_i ≥ 0 of which one
     at least is not 0. One mask of x, from `seed`.
     """
-    M, K = x.shape
+    M, widths = x.shape[0], [w.shape[0] for w in ws]
     slices, by, total = _columns(as_)
+    x, ws, as_ = aligned(x, 1), [aligned(w, 0, 1) for w in ws], [aligned(a, 1) for a in as_]
+    K = x.shape[1]
     ys = [torch.empty((M, w.shape[0]), dtype=x.dtype, device=x.device) for w in ws]
     s = torch.empty((M, total), dtype=as_[0].dtype, device=x.device)
     if M == 0:
-        return ys, s
+        return [cut(y, M, n) for y, n in zip(ys, widths, strict=True)], s
     arch, size = arch_of(x.device), x.element_size()
     fuse = M <= FUSE_TOKENS and all(
         r == 0 or lora_fwd_config(M, w.shape[0], K, r, arch, dropout=dropout_p > 0.0,
@@ -84,12 +87,12 @@ def lora_multi_fwd(
         if (N := w.shape[0]) > 0:
             own = fuse and by[i] > 0
             cfg, tma = (f(M, N, by[i], arch, size, fuse=own) for f in (gemm_config, tma_config))
-            bias = None if bias is None else bias.contiguous()
-            args = (x, w.t(), as_[i].t(), bs[i].t(), s[:, slices[i]], y, scales[i], cfg)
-            lora_gemm(*args, tma=tma, bias=bias, fuse_s=own)
+            b = aligned(bs[i], 0)
+            args = (x, w.t(), as_[i].t(), b.t(), s[:, slices[i]], y, scales[i], cfg)
+            lora_gemm(*args, tma=tma, bias=aligned(bias, 0), fuse_s=own)
         elif fuse:
             s[:, slices[i]] = 0  # no output, so no gradient will read it
-    return ys, s
+    return [cut(y, M, n) for y, n in zip(ys, widths, strict=True)], s
 
 
 def lora_multi_bwd(
@@ -111,7 +114,9 @@ def lora_multi_bwd(
     x is not read unless a dw or da is needed, s not unless a db is.
     """
     need_dw, need_da, need_db, need_dbias = needs
-    (M, P), K = (dys[0].shape[0], len(dys)), as_[0].shape[1]
+    (M, P), k, widths = (dys[0].shape[0], len(dys)), as_[0].shape[1], [len(w) for w in ws]
+    dys, as_ = [aligned(dy, 1) for dy in dys], [aligned(a, 1) for a in as_]
+    K = as_[0].shape[1]
     slices, by, total = _columns(as_)
     arch, size = arch_of(dys[0].device), dys[0].element_size()
     dws, das, dbs, dbiases = ([None] * P for _ in range(4))
@@ -121,31 +126,31 @@ def lora_multi_bwd(
 
     for i, (dy, b) in enumerate(zip(dys, bs, strict=True)):
         if need_dw[i]:
-            dws[i] = torch.matmul(dy.t(), x)
+            dws[i] = torch.matmul(dy[:, : widths[i]].t(), x)
         if b.numel() == 0 or M == 0:  # no adapter, or nothing to do
             dbs[i] = torch.zeros_like(b) if need_db[i] else None
-            dbiases[i] = dy.sum(0) if need_dbias[i] else None
+            dbiases[i] = dy[:, : widths[i]].sum(0) if need_dbias[i] else None
         elif need_t or need_db[i] or need_dbias[i]:
             cfg = lora_bwd_config(M, dy.shape[1], K, by[i], arch, elem_bytes=size)
             parts = pass_over_dy(
-                dy, b, s[:, slices[i]] if need_db[i] else dy, need_t, need_db[i], need_dbias[i],
-                cfg["dsdb"], cfg["dsdb_splits"],
+                dy, aligned(b, 0), s[:, slices[i]] if need_db[i] else dy,
+                need_t, need_db[i], need_dbias[i], cfg["dsdb"], cfg["dsdb_splits"],
             )  # fmt: skip
             if need_t:
                 t[:, slices[i]] = ordered_sum(parts[0], torch.float32, scales[i])
             if need_db[i]:
-                dbs[i] = ordered_sum(parts[1], b.dtype, scales[i])
+                dbs[i] = cut(ordered_sum(parts[1], b.dtype, scales[i]), *b.shape)
             if need_dbias[i]:
-                dbiases[i] = ordered_sum(parts[2], dy.dtype, 1.0)
+                dbiases[i] = cut(ordered_sum(parts[2], dy.dtype, 1.0), widths[i])
 
     cfg = lora_bwd_config(max(M, 1), K, K, total, arch, dropout=dropout_p > 0.0, elem_bytes=size)
     if any(need_da):
         if M > 0:
-            parts = pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+            parts = pass_over_x(aligned(x, 1), t, dropout_p, seed, cfg["da"], cfg["da_splits"])
             da = ordered_sum(parts, as_[0].dtype, 1.0)
         else:
             da = as_[0].new_zeros(total, K)
-        das = [da[at].clone() if n else None for at, n in zip(slices, need_da, strict=True)]
+        das = [da[at, :k].clone() if n else None for at, n in zip(slices, need_da, strict=True)]
     dx = None
     if need_dx:
         dx = torch.empty((M, K), dtype=dys[0].dtype, device=dys[0].device)
@@ -155,8 +160,9 @@ def lora_multi_bwd(
                 break
             if i == 0:  # the update of all of them; a dy of no columns leaves it alone
                 more = dict(tma=cfg["tma"], dropout_p=dropout_p, seed=seed)
-                lora_gemm(dy, w, a.t(), a, t, dx, 1.0, cfg["gemm"], **more)
+                lora_gemm(dy, aligned(w, 0, 1), a.t(), a, t, dx, 1.0, cfg["gemm"], **more)
             elif dy.shape[1] > 0:
-                add = add_config(M, K, arch, size)
+                add, w = add_config(M, K, arch, size), aligned(w, 0, 1)
                 lora_gemm(dy, w, w, w[:0], dy, dx, 1.0, add, accumulate=True)
+        dx = cut(dx, M, k)
     return dx, dws, das, dbs, dbiases

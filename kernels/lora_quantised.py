@@ -11,10 +11,9 @@ with a scale for all or one a row: see `fusedpeft.ops.quantised`. Two ways, by t
   y's direction. Bytes of W a column of blocks: N·K/2 + 4·N·K/block (double: 1.016·N·K/block; FP8:
   N·K) instead of 2·N·K, the floor here. Work: an element costs a load of its code's value, which
   lies in L1, and some ten operations, once more for each of the M/BLOCK_M rows of blocks.
-- many: slabs of W, some of its rows for y or columns for dx, are dequantised into one buffer of at
-  most 16 MiB, which L2 holds, and lora_gemm.py multiplies by each. An element is dequantised
-  once: N·K/2 bytes read, 2·N·K written and read. No sum is cut, so nothing is rounded in between.
-
+- many, or N or K that 16 does not divide: slabs of W, some of its rows for y or columns for dx, are
+  dequantised into one buffer of at most 16 MiB, which L2 holds, and lora_gemm.py multiplies by
+  each. An element is dequantised once: N·K/2 bytes read, 2·N·K written and read. No sum is cut.
 S, dS, dA and dB are the dense base's kernels.
 """
 
@@ -28,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.aligned import aligned, cut, up16
 from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.dropout import keep_mask, signed_threshold
 from fusedpeft.kernels.lora import shrink
@@ -184,10 +184,11 @@ def _code(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 class _Base:
-    """W as the kernels take it. parts, step, code: see `lora_quantised_fwd`."""
+    """W [n, k] as the kernels take it. parts, step, code: see `lora_quantised_fwd`."""
 
-    def __init__(self, parts: Sequence[Tensor], step: int, code: tuple[float, ...]):
-        self.w, self.absmax, *double = (t.reshape(-1) for t in parts)
+    def __init__(self, parts: Sequence[Tensor], step: int, code: tuple[float, ...], n: int, k: int):
+        self.n, self.k = n, k
+        self.w, self.absmax, *double = (aligned(t.reshape(-1)) for t in parts)
         self.book, self.absmax2, self.offset = double or (self.absmax,) * 3
         self.code = _code(code, self.w.device) if code else self.absmax
         self.step, self.flags = step, dict(FP8=not code, DOUBLE=bool(double))
@@ -195,13 +196,13 @@ class _Base:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.w, self.absmax, self.book, self.absmax2, self.offset, self.code
 
-    def dequantise(self, out: Tensor, first_row: int, first_col: int, width: int) -> None:
-        """out = w[first_row…, first_col…] of w [*, width]."""
+    def dequantise(self, out: Tensor, first_row: int, first_col: int) -> None:
+        """out = w[first_row…, first_col…]."""
         (rows, cols), config = out.shape, DEQUANTISE_CONFIG
         grid = (triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(cols, config["BLOCK_N"]))
         with on_device(out):
             _dequantise_kernel[grid](
-                *self.tensors(), out, first_row, first_col, rows, cols, width, self.step,
+                *self.tensors(), out, first_row, first_col, rows, cols, self.k, self.step,
                 out.stride(0), **self.flags, **config,
             )  # fmt: skip
 
@@ -210,27 +211,33 @@ def _gemm(
     x: Tensor, base: _Base, forward: bool, bt: Tensor, s: Tensor, out: Tensor, scale: float,
     *, bias: Tensor | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """out [M,N] = x [M,K] · (Wᵀ or W) + bias + drop(scale · s [M,R] bt [R,N]), s in fp32."""
+    """out [M,N] = x [M,K] · (Wᵀ or W) + bias + drop(scale · s [M,R] bt [R,N]), s in fp32.
+
+    N and K are multiples of 16, beyond W's own sizes where these are not.
+    """
     (M, K), N, R = x.shape, out.shape[1], bt.shape[0]
+    n, k = (base.n, base.k) if forward else (base.k, base.n)
     arch, size, dropout = arch_of(x.device), x.element_size(), dropout_p > 0.0
-    columns = slab(M, N, K, size)
+    columns = slab(M, N, K, size, odd=(n, k) != (N, K))
     if columns:
         # y's update beside S in fp32: of lora_gemm.py that is compiled for fp32 adapters only.
         bt = bt.float() if forward else bt
         w = torch.empty((columns, K) if forward else (K, columns), dtype=x.dtype, device=x.device)
+        if k < K:  # zeros behind x meet zeros; what stands behind n meets columns that are cut away
+            w.zero_()
         for first in range(0, N, columns):
             last = min(first + columns, N)
-            at, n = slice(first, last), last - first
+            at, wide, own = slice(first, last), last - first, min(last, n) - first
             if forward:
-                part = w[:n]
-                base.dequantise(part, first, 0, K)
+                part = w[:wide]
+                base.dequantise(part[:own, :k], first, 0)
             else:
-                part = w[:, :n]
-                base.dequantise(part, 0, first, N)
+                part = w[:, :wide]
+                base.dequantise(part[:k, :own], 0, first)
             lora_gemm(
                 x, part.t() if forward else part, bt, bt[:, at], s, out[:, at], scale,
-                gemm_config(M, n, R, arch, size, dropout=dropout),
-                tma=tma_config(M, n, R, arch, size, dropout=dropout),
+                gemm_config(M, wide, R, arch, size, dropout=dropout),
+                tma=tma_config(M, wide, R, arch, size, dropout=dropout),
                 bias=None if bias is None else bias[at],
                 dropout_p=dropout_p, seed=seed, first_col=first,
             )  # fmt: skip
@@ -268,17 +275,15 @@ def lora_quantised_fwd(
     values of NF4; or (bytes, scale), 1 for a scale a row and 0 for one, and () for FP8. x [M,K]
     fp32, bf16 or fp16, a [R,K] and b [n,R] that or fp32. Any strides of x, a, b.
     """
-    M, R = x.shape[0], a.shape[0]
-    y = torch.empty((M, n), dtype=x.dtype, device=x.device)
+    (M, k), R = x.shape, a.shape[0]
     s = torch.empty((M, R), dtype=torch.float32, device=x.device)
     if M == 0 or n == 0:
-        return y, s.zero_()
-    shrink(
-        x, a.float(), s, dropout_p, seed, shrink_config(M, R, arch_of(x.device), x.element_size())
-    )
-    bias = None if bias is None else bias.contiguous()
-    _gemm(x, _Base(parts, step, code), True, b.t(), s, y, scale, bias=bias)
-    return y, s
+        return x.new_empty(M, n), s.zero_()
+    x, a, b, bias = aligned(x, 1), aligned(a.float(), 1), aligned(b, 0), aligned(bias, 0)
+    shrink(x, a, s, dropout_p, seed, shrink_config(M, R, arch_of(x.device), x.element_size()))
+    y = torch.empty((M, up16(n)), dtype=x.dtype, device=x.device)
+    _gemm(x, _Base(parts, step, code, n, k), True, b.t(), s, y, scale, bias=bias)
+    return cut(y, M, n), s
 
 
 def lora_quantised_bwd(
@@ -307,23 +312,26 @@ def lora_quantised_bwd(
         shapes = ((need_dx, dy, (M, K)), (need_da, a, (R, K)), (need_db, b, (N, R)))
         shapes += ((need_dbias, dy, (N,)),)
         return tuple(t.new_zeros(shape) if n else None for n, t, shape in shapes)
+    dy, a, b32 = aligned(dy, 1), aligned(a, 1), aligned(b.float(), 0)
+    N16, K16 = dy.shape[1], a.shape[1]
     arch, size = arch_of(dy.device), dy.element_size()
-    cfg = lora_bwd_config(M, N, K, R, arch, elem_bytes=size)
+    cfg = lora_bwd_config(M, N16, K16, R, arch, elem_bytes=size)
     need_t = need_dx or need_da
     dx = da = db = dbias = t = None
     if need_t or need_db or need_dbias:
         sums = pass_over_dy(
-            dy, b.float(), s if need_db else dy, need_t, need_db, need_dbias, cfg["dsdb"],
+            dy, b32, s if need_db else dy, need_t, need_db, need_dbias, cfg["dsdb"],
             cfg["dsdb_splits"],
         )  # fmt: skip
         t = ordered_sum(sums[0], torch.float32, 1.0) if need_t else None
-        db = ordered_sum(sums[1], b.dtype, scale) if need_db else None
-        dbias = ordered_sum(sums[2], dy.dtype, 1.0) if need_dbias else None
+        db = cut(ordered_sum(sums[1], b.dtype, scale), N, R) if need_db else None
+        dbias = cut(ordered_sum(sums[2], dy.dtype, 1.0), N) if need_dbias else None
     if need_da:
-        part = pass_over_x(x, t, dropout_p, seed, cfg["da"], cfg["da_splits"])
-        da = ordered_sum(part, a.dtype, scale)
+        part = pass_over_x(aligned(x, 1), t, dropout_p, seed, cfg["da"], cfg["da_splits"])
+        da = cut(ordered_sum(part, a.dtype, scale), R, K)
     if need_dx:
-        dx = torch.empty((M, K), dtype=dy.dtype, device=dy.device)
+        dx = torch.empty((M, K16), dtype=dy.dtype, device=dy.device)
         mask = dict(dropout_p=dropout_p, seed=seed)
-        _gemm(dy, _Base(parts, step, code), False, a, t, dx, scale, **mask)
+        _gemm(dy, _Base(parts, step, code, N, K), False, a, t, dx, scale, **mask)
+        dx = cut(dx, M, K)
     return dx, da, db, dbias

@@ -21,8 +21,10 @@ def _spec(types: dict[str, str], forward: bool) -> Spec:
     )
 
 
-def _slab(types: dict[str, str]) -> Spec:
-    return Spec(lora_quantised._dequantise_kernel, types=types, ragged="step")
+def _slab(types: dict[str, str], odd: bool) -> Spec:
+    """odd: of a W whose sizes 16 does not divide; out's rows are aligned all the same."""
+    ragged = "step rows cols width" if odd else "step"
+    return Spec(lora_quantised._dequantise_kernel, types=types, ragged=ragged)
 
 
 _KINDS = {"nf4": _TYPES, "nf4_double": _DOUBLE, "fp8": _TYPES}
@@ -30,4 +32,8 @@ SPECS = {
     f"{kind}_{'y' if forward else 'dx'}": _spec(types, forward)
     for kind, types in _KINDS.items()
     for forward in (True, False)
-} | {f"{kind}_slab": _slab(types) for kind, types in _KINDS.items()}
+} | {
+    f"{kind}_slab{'_odd' if odd else ''}": _slab(types, odd)
+    for kind, types in _KINDS.items()
+    for odd in (False, True)
+}

@@ -59,13 +59,13 @@ SLAB_TOKENS = 256  # from here on it pays: W's codes would be looked up in four 
 SLAB_BYTES = 16 << 20  # a third of Hopper's L2
 
 
-def slab(M: int, N: int, K: int, elem_bytes: int) -> int:
+def slab(M: int, N: int, K: int, elem_bytes: int, *, odd: bool = False) -> int:
     """How many of the N rows (or columns) of W, K long, are dequantised at once; 0: only tiles are.
 
     A multiple of 256 columns of `out`, which keeps whole tiles and TMA's alignment, or all N of
-    them rounded up to 16.
+    them rounded up to 16. odd: of W's own sizes, which 16 does not both divide: tiles would spill.
     """
-    if M < SLAB_TOKENS:
+    if M < SLAB_TOKENS and not odd:
         return 0
     step = max(256, SLAB_BYTES // (K * elem_bytes) // 256 * 256)
     return min(step, -(-N // 16) * 16)
@@ -97,5 +97,6 @@ def lora_quantised_configs(arch: str) -> list[dict]:
     for size, kind in itertools.product((2, 4), ("nf4", "nf4_double", "fp8")):
         row = dict(kernel=f"{kind}_slab", elem_bytes=size)
         row["flags"] = dict(FP8=kind == "fp8", DOUBLE=kind == "nf4_double")
-        rows[str(row)] = {**row, "config": dict(DEQUANTISE_CONFIG)}
+        for kernel in (row["kernel"], f"{row['kernel']}_odd"):
+            rows[kernel + str(row)] = {**row, "kernel": kernel, "config": dict(DEQUANTISE_CONFIG)}
     return list(rows.values())

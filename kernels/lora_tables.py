@@ -162,7 +162,8 @@ def _dsdb_config(R: int, arch: str, elem_bytes: int) -> dict:
 
 def _da_config(R: int, arch: str, elem_bytes: int) -> dict:
     r = block_r(R, elem_bytes)
-    k, m = (32, 32) if elem_bytes == 4 else (128, 64)
+    # On sm_80 128 columns of a high rank spill where 16 does not divide the number of rows.
+    k, m = (32, 32) if elem_bytes == 4 else (64 if (arch, r) == ("sm_80", 64) else 128, 64)
     return dict(BLOCK_M=m, BLOCK_K=k, BLOCK_R=r, **_skinny(arch, elem_bytes))
 
 

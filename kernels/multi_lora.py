@@ -14,6 +14,7 @@ W may be stacked of parts by rows, each with its own A, B, rank and scale (ops/s
 A slot costs its own rank: tiles of the shrink beyond it leave at once, the loop over it in the GEMM
 ends there. Bytes beside the GEMM's: x and S once more, A and B of the slots in use. FLOPs beside
 it: 2·M·(K + N)·BLOCK_R, and 2·BLOCK_M·BLOCK_N·BLOCK_R more for each further slot of a tile.
+K or a part's N that 16 does not divide: tiles of their own, smaller, as the pool stays as it is.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fusedpeft.kernels.aligned import aligned, up16
 from fusedpeft.kernels.device import arch_of, on_device
 from fusedpeft.kernels.multi_lora_tables import multi_lora_config
 
@@ -30,7 +32,7 @@ MAX_PARTS = 4  # of W in one launch
 RANK_STEP = 8  # ops/slots.py: max_rank and the rows of B are multiples of it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _multi_lora_plan_kernel(
     slots_ptr, order_ptr, tiles_ptr, M, slots,
     ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -112,7 +114,7 @@ def _multi_lora_shrink_kernel(
     tl.store(s_ptrs, s.to(dtype), mask=row_ok[:, None] & (rs < whole)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _multi_lora_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, b_ptr, rank_ptr, slots_ptr, order_ptr, s_ptr, out_ptr,
     M, K, n0, n1, n2, n3, slots, parts, part0, start0, rank_steps,
@@ -195,6 +197,12 @@ def _multi_lora_gemm_kernel(
     tl.store(out_ptrs, acc.to(dtype), mask=row_ok[:, None] & col_ok[None, :])
 
 
+def _wide(K: int, pool: tuple) -> bool:
+    """Whether all rows begin at multiples of 16: of x, W, A, B and y, part by part."""
+    where = (pool.a.data_ptr(), pool.b.data_ptr(), pool.a.stride(0), pool.a.stride(1))
+    return all(n % 16 == 0 for n in (K, *pool.sizes, *where))
+
+
 def multi_lora_fwd(
     x: Tensor, w: Tensor, pool: tuple, slots: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -211,12 +219,14 @@ def multi_lora_fwd(
         return y
     count, parts = pool.rank.shape
     max_rank, steps = pool.max_rank, pool.max_rank // RANK_STEP
-    cfg = multi_lora_config(M, N, max_rank, arch_of(x.device), elem_bytes=x.element_size())
-    slots, bias = slots.contiguous(), None if bias is None else bias.contiguous()
+    x, w, bias, slots = aligned(x), aligned(w), aligned(bias), aligned(slots)
+    cfg = multi_lora_config(
+        M, N, max_rank, arch_of(x.device), elem_bytes=x.element_size(), wide=_wide(K, pool)
+    )
     whole = dict(dtype=torch.int32, device=x.device)
     tiles = M // cfg["shrink"]["BLOCK_M"] + count + 2
     order, table = torch.empty(M, **whole), torch.empty((tiles, 3), **whole)
-    s = torch.empty((M, parts * max_rank), dtype=x.dtype, device=x.device)
+    s = torch.empty((M, up16(parts * max_rank)), dtype=x.dtype, device=x.device)
     blocks_r = triton.cdiv(max_rank, cfg["shrink"]["BLOCK_R"])
     with on_device(x):
         _multi_lora_plan_kernel[(count + 2,)](slots, order, table, M, count, **cfg["plan"])

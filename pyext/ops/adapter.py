@@ -58,10 +58,13 @@ def choose_impl(
     dropout: bool = False,
     capability: str | None = None,
     products: bool | None = None,
+    wide: bool = True,
 ) -> tuple[str, str]:
     """(implementation, why) that `bottleneck_adapter` takes by itself; `doctor` prints it. Pure but
     for what the CPU is, by default this one: the instruction set of fusedpeft._C ("": not built)
-    and whether torch has products in dtype."""
+    and whether torch has products in dtype. wide: 16 divides d."""
+    if device_type == "cuda" and dtype != torch.float64 and not wide:
+        return "aten", "16 does not divide d: ATen's products, where the Triton kernels would spill"
     if device_type == "cuda" and dtype != torch.float64:
         return "triton", "CUDA tensors take the Triton kernels: any E, wide ones a kernel a product"
     if device_type == "cuda":
@@ -102,7 +105,8 @@ _lib.define(
 
 
 def _impl(x: Tensor, impl: str, norm: str, dropout_p: float) -> str:
-    return impl or choose_impl(x.device.type, x.dtype, norm, dropout_p > 0.0)[0]
+    wide = x.shape[1] % 16 == 0
+    return impl or choose_impl(x.device.type, x.dtype, norm, dropout_p > 0.0, wide=wide)[0]
 
 
 def _forward(x, *args) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,6 +72,10 @@ def check(x, down_w, down_b, up_w, up_b, residual, norm_w, norm_b, activation, n
         raise TypeError("impl='native': expected fp32, bf16 or fp16, got torch.float64; use 'aten'")
     if impl == "triton":
         check_triton(x)
+        if d % 16:
+            raise ValueError(
+                f"impl='triton': expected d a multiple of 16, got {d}; use 'aten' or None"
+            )
 
 
 def _check_names(activation, norm, position, norm_w, norm_b) -> None:

@@ -98,7 +98,7 @@ _lib.define(
 
 
 def _forward(x, w, a, b, bias, seed, scale, dropout_p, impl):
-    if use_triton("fwd", x, impl, *w.shape, a, dropout_p):
+    if use_triton("fwd", x, impl, (w,), a, dropout_p):
         from fusedpeft.kernels.lora import lora_fwd
 
         return lora_fwd(x, w, a, b, scale, bias, dropout_p, seed)
@@ -117,7 +117,7 @@ def _infer(x, w, a, b, bias, seed, scale, dropout_p, impl):
 
 def _backward(dy, x, w, a, b, s, seed, scale, dropout_p, need, impl):
     dy = dy.contiguous()
-    if use_triton("bwd", dy, impl, *w.shape, a, dropout_p):
+    if use_triton("bwd", dy, impl, (w,), a, dropout_p):
         from fusedpeft.kernels.lora import lora_bwd
 
         grads = lora_bwd(dy, x, w, a, b, s, scale, dropout_p, seed, *need)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +115,14 @@ def choose(
     elem_bytes: int = 2,
     adapter_bytes: int | None = None,
     dropout: bool = False,
+    wide: bool = True,
     rows: list[dict] = _ROWS,
 ) -> tuple[str, str]:
     """("triton" or "cublas", why) for x [m, k], W [n, k] and rank r. Pure.
 
-    kind: "fwd" or "bwd". adapter_bytes: of an element of A and B, as x's unless given. rows: the
-    measured cases, as in lora_choice.json. `doctor` prints some of these choices.
+    kind: "fwd" or "bwd". adapter_bytes: of an element of A and B, as x's unless given. wide: W lies
+    as the Triton kernels take it (`is_wide`). rows: the measured cases, as in lora_choice.json.
+    `doctor` prints some of these choices.
     """
     if kind not in ("fwd", "bwd"):
         raise ValueError(f"kind: expected 'fwd' or 'bwd', got {kind!r}")
@@ -128,6 +131,8 @@ def choose(
         return "triton", "dropout: torch would make the masked copy of x in twenty passes"
     if min(m, n, k, r) == 0:
         return "triton", "nothing to multiply"
+    if not wide:
+        return "cublas", "W transposed, or of sizes that 16 does not divide: Triton would copy it"
     source = "predicted, not measured"
     near = None
     if adapter_bytes == elem_bytes:  # what the bench measures
@@ -144,13 +149,23 @@ def choose(
 _cached = functools.lru_cache(4096)(choose)
 
 
-def use_triton(kind: str, t: Tensor, impl: str, n: int, k: int, a: Tensor, p: float) -> bool:
+def is_wide(w: Tensor) -> bool:
+    """Whether the Triton kernels read W [N, K] where it lies: see kernels/aligned.py."""
+    return w.stride(1) == 1 and w.shape[0] % 16 == 0 and w.shape[1] % 16 == 0
+
+
+def use_triton(
+    kind: str, t: Tensor, impl: str, ws: Sequence[Tensor], a: Tensor, p: float
+) -> bool:  # fmt: skip
     """What a call runs: `impl` where it says one, else by device and shape.
 
-    t: x or dy [M, *]. n, k: of W [n, k]. a: A [R, K]. fp64 and the CPU take ATen.
+    t: x or dy [M, *]. ws: one W [N, K], or several of the same K, as for one of all their rows. a:
+    A [R, K]. fp64 and the CPU take ATen.
     """
     if impl or not t.is_cuda or t.dtype == torch.float64:
         return impl == "triton"
+    n, k = sum(w.shape[0] for w in ws), ws[0].shape[1]
     sizes = (t.shape[0], n, k, a.shape[0], arch_of(t.device))
     more = dict(elem_bytes=t.element_size(), adapter_bytes=a.element_size(), dropout=p > 0.0)
+    more["wide"] = all(map(is_wide, ws))
     return _cached(kind, *sizes, **more)[0] == "triton"

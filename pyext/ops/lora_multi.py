@@ -76,8 +76,7 @@ def _forward(x, ws, as_, bs, biases, seed, scales, dropout_p, impl):
 
 def _on_triton(kind, t, ws, as_, dropout_p, impl) -> bool:
     """As for one linear of the widths side by side, with the widest rank."""
-    a = max(as_, key=len)
-    return use_triton(kind, t, impl, sum(map(len, ws)), ws[0].shape[1], a, dropout_p)
+    return use_triton(kind, t, impl, ws, max(as_, key=len), dropout_p)
 
 
 def _by_kind(need: list[bool], count: int) -> list[list[bool]]:

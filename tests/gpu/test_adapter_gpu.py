@@ -16,7 +16,7 @@ NORMS = [None, "layer_norm", "rms_norm"]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SHAPES = {  # M, d, E; beyond 64 (fp32) or 256 a kernel a product
     "one_row": (1, 256, 8),
-    "odd": (63, 129, 12),
+    "odd": (63, 144, 12),
     "many_rows": (8192 + 5, 768, 48),
     "llama_8b": (1000, 4096, 64),
     "e_128": (5000, 1024, 128),

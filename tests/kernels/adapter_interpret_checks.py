@@ -23,11 +23,11 @@ from fusedpeft.ops.adapter import ACTIVATIONS
 NAMES = ("x", "down_w", "down_b", "up_w", "up_b", "residual", "norm_weight", "norm_bias")
 NORMS = [None, "layer_norm", "rms_norm"]
 SHAPES = {  # M, d, E; beyond 64 (fp32) or 256 (fp16) a kernel a product
-    "one_row": (1, 17, 8),
-    "odd": (63, 129, 12),
+    "one_row": (1, 16, 8),
+    "odd": (63, 144, 12),
     "tail_row": (65, 160, 33),
-    "wide": (40, 70, 130),
-    "wider": (9, 40, 512),
+    "wide": (40, 80, 130),
+    "wider": (9, 48, 512),
 }
 
 
@@ -94,14 +94,14 @@ def test_against_float64(name, dtype, norm):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, norm):
     for dtype in (torch.float32, torch.float16):
-        check(make((20, 40, 12), dtype, norm=norm), activation=activation, norm=norm)
+        check(make((20, 48, 12), dtype, norm=norm), activation=activation, norm=norm)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("residual", ["other", "x", None])
 @pytest.mark.parametrize("norm", NORMS)
 def test_dropout_residuals_and_biases(norm, residual, bias):
-    shapes = ((20, 70, 12), torch.float16), ((20, 70, 70), torch.float32)
+    shapes = ((20, 80, 12), torch.float16), ((20, 80, 70), torch.float32)
     for (shape, dtype), dropped in zip(shapes, (bias, not bias), strict=True):
         t = make(shape, dtype, bias=bias, norm=norm, residual=residual)
         check(t, norm=norm, dropout_p=0.25 if dropped else 0.0, scale=1.5, activation="silu")
@@ -109,16 +109,16 @@ def test_dropout_residuals_and_biases(norm, residual, bias):
 
 @pytest.mark.parametrize("norm", NORMS[1:])
 def test_a_norm_without_weights_and_after(norm):
-    t = make((20, 70, 12), torch.float32)
+    t = make((20, 80, 12), torch.float32)
     check(t, norm=norm)
-    check(make((20, 70, 12), torch.float32, norm=norm), norm=norm, norm_position="after")
+    check(make((20, 80, 12), torch.float32, norm=norm), norm=norm, norm_position="after")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("norm", NORMS[1:])
 def test_a_norm_of_rows_far_from_zero(norm, dtype):
     """μ some 100 σ: sums of squares would lose σ, rounded x̂ would not do."""
-    t = make((20, 200, 16), dtype, norm=norm, offset=100.0)
+    t = make((20, 208, 16), dtype, norm=norm, offset=100.0)
     t["down_w"] -= t["down_w"].mean(1, keepdim=True)  # else rms_norm's P is one huge number
     t["x"][:, 0] += 50.0  # a first element that is no shift
     check(t, norm=norm, activation="gelu")
@@ -132,36 +132,37 @@ def test_every_table(arch, few_sms, monkeypatch):
     if few_sms:
         monkeypatch.setitem(SMS, arch, 1)
     for e in (12, 100, 300) if few_sms else (60, 200):
-        t = make((70, 140, e), torch.float16, norm="layer_norm", residual="x")
+        t = make((70, 144, e), torch.float16, norm="layer_norm", residual="x")
         check(t, norm="layer_norm", dropout_p=0.25, activation="silu")
 
 
 def test_rows_in_splits(monkeypatch):
-    t = make((700, 24, 12), torch.float16, norm="layer_norm", residual="x")
-    assert tables.adapter_bwd_config(700, 24, 12, "sm_80")["dw_splits"] > 1
+    t = make((700, 32, 12), torch.float16, norm="layer_norm", residual="x")
+    assert tables.adapter_bwd_config(700, 32, 12, "sm_80")["dw_splits"] > 1
     check(t, norm="layer_norm", dropout_p=0.1, activation="tanh")
 
 
 def test_fp32_adapters_beside_fp16():
     for e, norm in ((12, None), (12, "layer_norm"), (300, "rms_norm")):
-        t = make((30, 70, e), torch.float16, adapter=torch.float32, norm=norm, residual="x")
+        t = make((30, 80, e), torch.float16, adapter=torch.float32, norm=norm, residual="x")
         check(t, torch.float16, norm=norm, dropout_p=0.1, activation="silu")
 
 
 def test_any_strides():
-    t = make((40, 66, 12), torch.float32, norm="layer_norm")
+    t = make((40, 80, 12), torch.float32, norm="layer_norm")
     want = ours(t, norm="layer_norm", dropout_p=0.1, seed=3)
     twice = {k: torch.stack((v, v), -1)[..., 0] for k, v in t.items()}
     turned = {k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in t.items()}
-    wide = {k: torch.cat((v, v), -1)[..., : v.shape[-1]] for k, v in t.items()}
-    for other in (twice, turned, wide):
+    wide = {k: torch.cat((v, v[..., :1]), -1)[..., :-1] for k, v in t.items()}
+    late = {k: torch.cat((v.flatten()[:1], v.flatten()))[1:].view(v.shape) for k, v in t.items()}
+    for other in (twice, turned, wide, late):
         args = [other[k] for k in NAMES]
         y = ops.bottleneck_adapter(
             *args[:5], residual=args[5], norm="layer_norm", norm_weight=args[6], norm_bias=args[7],
             dropout_p=0.1, seed=3, impl="triton",
         )  # fmt: skip
         assert torch.equal(y, want["y"])
-    dy = torch.randn(40, 2 * 66)[:, ::2]
+    dy = torch.randn(40, 2 * 80)[:, ::2]
     leaf = t["x"].clone().requires_grad_()
     y = ops.bottleneck_adapter(leaf, *[t[k] for k in NAMES[1:5]], impl="triton")
     (got,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
@@ -169,7 +170,7 @@ def test_any_strides():
 
 
 def test_two_runs_give_the_same_bits():
-    t = make((300, 70, 12), torch.float16, norm="layer_norm", residual="x")
+    t = make((300, 80, 12), torch.float16, norm="layer_norm", residual="x")
     kw = dict(norm="layer_norm", dropout_p=0.1, seed=7)
     one, two = ours(t, **kw), ours(t, **kw)
     assert all(torch.equal(one[k], two[k]) for k in one)
@@ -179,7 +180,7 @@ def test_two_runs_give_the_same_bits():
 @pytest.mark.parametrize("name", NAMES)
 def test_only_what_is_needed(name, norm):
     """One leaf at a time: its gradient is that of all at once."""
-    t = make((40, 66, 12), torch.float32, norm=norm)
+    t = make((40, 80, 12), torch.float32, norm=norm)
     if t[name] is None:
         pytest.skip(f"no {name} without a norm")
     kw = dict(norm=norm, dropout_p=0.2, seed=5)
@@ -200,8 +201,14 @@ def test_no_rows_give_zeros(norm):
         assert v.isfinite().all() and v.count_nonzero() == 0
 
 
+def test_other_widths_are_refused():
+    t = make((20, 70, 12), torch.float32)
+    with pytest.raises(ValueError, match="impl='triton': expected d a multiple of 16, got 70"):
+        ours(t)
+
+
 def test_nan_stays_in_its_row_and_is_not_lost():
-    t = make((20, 40, 12), torch.float32)
+    t = make((20, 48, 12), torch.float32)
     t["x"][3, 5] = math.nan
     for activation in ACTIVATIONS:
         y = ops.bottleneck_adapter(*[t[k] for k in NAMES[:5]], activation=activation, impl="triton")

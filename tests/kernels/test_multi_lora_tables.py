@@ -15,8 +15,9 @@ def test_every_choice_is_listed(arch):
     sizes = {(r["elem_bytes"], str(r["config"])) for r in multi_lora_configs(arch)}
     for _ in range(1000):
         m, n = (int(2 ** rng.uniform(0, 17)) for _ in range(2))
-        r, size = 8 * rng.randint(1, 25), rng.choice((2, 4))
-        for kernel, config in multi_lora_config(m, n, r, arch, elem_bytes=size).items():
+        r, size, wide = 8 * rng.randint(1, 25), rng.choice((2, 4)), rng.choice((True, False))
+        for kernel, config in multi_lora_config(m, n, r, arch, elem_bytes=size, wide=wide).items():
+            kernel += "" if wide or kernel == "plan" else "_odd"
             assert (kernel, config) in known, (m, n, r, kernel)
             assert kernel == "plan" or (size, str(config)) in sizes, (m, n, r, size)
 

@@ -290,6 +290,7 @@ def test_empty_input(norm, p):
 
 def test_what_each_device_takes():
     assert choose_impl("cuda", torch.bfloat16)[0] == "triton"
+    assert choose_impl("cuda", torch.bfloat16, wide=False)[0] == "aten"
     for device, dtype in (("cuda", torch.float64), ("cpu", torch.float64), ("xpu", torch.half)):
         assert choose_impl(device, dtype)[0] == "aten"
     wide, fp32, bf16 = dict(capability="avx512", products=True), torch.float32, torch.bfloat16

@@ -8,7 +8,15 @@ import torch
 
 from fusedpeft.kernels.device import ARCHS
 from fusedpeft.ops import lora, lora_choice
-from fusedpeft.ops.lora_choice import NEAR, PREDICTED, TABLE, choose, predict_us, use_triton
+from fusedpeft.ops.lora_choice import (
+    NEAR,
+    PREDICTED,
+    TABLE,
+    choose,
+    is_wide,
+    predict_us,
+    use_triton,
+)
 
 MODEL = (8192, 4096, 4096, 16)
 ROW = dict(
@@ -37,6 +45,17 @@ def test_what_the_rule_says():
         assert choose("fwd", *MODEL, arch, adapter_bytes=4, rows=[])[0] == "triton"  # no copies
     ours, theirs = predict_us("fwd", *MODEL, "sm_90", 2, 2)
     assert 348 < theirs < 348 * 1.2 and ours > 348  # the frozen product alone at 790 TFLOP/s
+
+
+def test_a_base_that_triton_would_copy_goes_to_cublas():
+    for rows in ([], [ROW | dict(triton_us=1.0, cublas_us=2.0)]):
+        impl, why = choose("fwd", *MODEL, "sm_90", rows=rows, wide=False)
+        assert impl == "cublas" and "would copy it" in why
+    assert choose("fwd", *MODEL, "sm_90", rows=rows)[0] == "triton"
+    assert choose("fwd", *MODEL, "sm_90", wide=False, dropout=True)[0] == "triton"
+    w = torch.empty(48, 80)
+    assert is_wide(w) and is_wide(w[:16]) and is_wide(torch.empty(48, 90)[:, :80])
+    assert not any(is_wide(v) for v in (w[:40], w[:, :40], torch.empty(80, 48).t(), w[:, ::5]))
 
 
 def test_a_faster_chip_moves_the_choice(monkeypatch):
@@ -92,13 +111,17 @@ def test_a_call_runs_what_was_chosen(monkeypatch, chosen):
         lora_choice, "_cached", lambda *t, **more: asked.append((t, more)) or (chosen, "")
     )
     a = torch.empty(16, 4096, dtype=torch.float32)
-    call = lambda impl: use_triton("bwd", OnCuda, impl, 14336, 4096, a, 0.0)  # noqa: E731
+    ws = [torch.empty(n, 4096, device="meta") for n in (14320, 16)]
+    call = lambda impl: use_triton("bwd", OnCuda, impl, ws, a, 0.0)  # noqa: E731
     assert call("") == (chosen == "triton")
-    more = dict(elem_bytes=2, adapter_bytes=4, dropout=False)
+    more = dict(elem_bytes=2, adapter_bytes=4, dropout=False, wide=True)
     assert asked == [(("bwd", 8192, 14336, 4096, 16, "sm_90"), more)]
     assert call("triton") and not call("aten") and len(asked) == 1
     cpu = torch.empty(2, 3)
-    assert not use_triton("fwd", cpu, "", 4, 3, a, 0.0) and len(asked) == 1
+    assert not use_triton("fwd", cpu, "", ws, a, 0.0) and len(asked) == 1
+    ws[0] = ws[0][:7]
+    call("")
+    assert asked[1] == (("bwd", 8192, 23, 4096, 16, "sm_90"), more | dict(wide=False))
 
 
 def test_forward_and_backward_ask_with_their_own_sizes(monkeypatch):
@@ -107,7 +130,6 @@ def test_forward_and_backward_ask_with_their_own_sizes(monkeypatch):
     x, w = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7)
     a, b = torch.randn(2, 7, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     lora.lora_linear(x, w, a, b, 1.0).sum().backward()
-    seen = [(t[0], tuple(t[1].shape), *t[2:5], tuple(t[5].shape), t[6]) for t in asked]
-    assert seen == [
-        ("fwd", (5, 7), "", 3, 7, (2, 7), 0.0), ("bwd", (5, 3), "", 3, 7, (2, 7), 0.0)
-    ]  # fmt: skip
+    assert all(t[3] == (w,) for t in asked)
+    seen = [(t[0], tuple(t[1].shape), t[2], tuple(t[4].shape), t[5]) for t in asked]
+    assert seen == [("fwd", (5, 7), "", (2, 7), 0.0), ("bwd", (5, 3), "", (2, 7), 0.0)]
