@@ -260,7 +260,8 @@ def bottleneck_adapter(
     `seed` (int, int64 tensor of one element, or None: torch's generator), again in backward.
     impl: None chooses by device, dtype and dropout (`fusedpeft doctor` shows it), and for up to 32
     rows without gradients a C++ kernel of their own; "native" (C++), "aten" and "triton" force
-    one. Triton casts an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores.
+    one. Triton casts an fp32 adapter beside a 16-bit x to x's dtype for the tensor cores, and wants
+    a d that 16 divides; by None others take ATen.
 
     Saved for backward: x, P [M, E] in the adapter's dtype, and 8 bytes a row with a norm before
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected
