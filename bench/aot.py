@@ -10,7 +10,8 @@ tensor cores of Hopper are used (`wgmma` in the PTX), and TMA where the kernel t
 --check exits with 1 on a spill, on more shared memory than the chip has, on descriptors without
 TMA, or on a 16-bit product of at least 64 rows that should use wgmma (`Spec.wgmma`) and does not on
 sm_90. bf16, bf16 with fp32 adapters, fp32; ranks that are a multiple of 16 and ranks that are not
-("any rank"); other sizes divisible by 16 and unit inner strides, as models have.
+("any rank"); other sizes divisible by 16 and unit inner strides, as models have and the launchers
+see to (kernels/aligned.py, or rows of their own, "_odd"; tests/kernels/test_launches.py).
 
 The committed tables, bench/results/aot/OP.json, name the code that they were compiled from, so that
 a change to a kernel or its tiles asks for --save again: twice, as the oldest Triton that we support
