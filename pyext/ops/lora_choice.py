@@ -127,10 +127,12 @@ def choose(
     if kind not in ("fwd", "bwd"):
         raise ValueError(f"kind: expected 'fwd' or 'bwd', got {kind!r}")
     adapter_bytes = adapter_bytes or elem_bytes
+    if k == 0:
+        return "cublas", "no K: torch's products of nothing are the bias, and zeros"
+    if min(m, n) == 0:
+        return "triton", "nothing to multiply"
     if dropout:
         return "triton", "dropout: torch would make the masked copy of x in twenty passes"
-    if min(m, n, k, r) == 0:
-        return "triton", "nothing to multiply"
     if not wide:
         return "cublas", "W transposed, or of sizes that 16 does not divide: Triton would copy it"
     source = "predicted, not measured"

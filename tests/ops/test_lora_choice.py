@@ -53,6 +53,8 @@ def test_a_base_that_triton_would_copy_goes_to_cublas():
         assert impl == "cublas" and "would copy it" in why
     assert choose("fwd", *MODEL, "sm_90", rows=rows)[0] == "triton"
     assert choose("fwd", *MODEL, "sm_90", wide=False, dropout=True)[0] == "triton"
+    for kind in ("fwd", "bwd"):  # whose launchers would divide by the blocks of K
+        assert choose(kind, 64, 64, 0, 16, "sm_90", dropout=True)[0] == "cublas"
     w = torch.empty(48, 80)
     assert is_wide(w) and is_wide(w[:16]) and is_wide(torch.empty(48, 90)[:, :80])
     assert not any(is_wide(v) for v in (w[:40], w[:, :40], torch.empty(80, 48).t(), w[:, ::5]))
