@@ -48,6 +48,10 @@ def _attention(
             )
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = _added(attention_mask, query.dtype)  # a caller's own, of four dimensions
+    if attention_mask is not None and attention_mask.requires_grad:  # Doge's
+        raise InputError(
+            f"PrefixTuning: {type(module).__name__} learns its attention's mask: not supported"
+        )
     causal = attention_mask is None and (module.is_causal if is_causal is None else is_causal)
     tokens = query.shape[2]
     if causal and 1 < tokens < key.shape[2]:  # a static cache, empty so far: what follows is unset
@@ -66,7 +70,7 @@ def _attention(
     else:
         options = {"causal": causal, "scale": scaling, "mask": attention_mask}
         out = own.attend(current, query, key, value, **options)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # as sdpa's: AFMoE views it
 
 
 def _concatenated(

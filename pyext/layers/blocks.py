@@ -53,7 +53,7 @@ def _child(layer: nn.Module, name: str) -> nn.Module | None:
             layer = layer._modules.get(part)
         if layer is None:
             return None
-    return layer
+    return None if isinstance(layer, nn.ModuleList) else layer  # LongCat's, which nothing calls
 
 
 def blocks(model: nn.Module) -> Iterator[Block]:

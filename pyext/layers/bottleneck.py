@@ -184,6 +184,11 @@ def plan(model: nn.Module, config: BottleneckAdapter, strict: bool) -> list[Bloc
             "Gemma, OLMo, GPT-2, BERT, RoBERTa, BART, T5, or built alike), got "
             f"{type(model).__name__}"
         )
+    if not hasattr(model.config, "hidden_size"):
+        raise InputError(
+            "BottleneckAdapter: expected a model whose layers have one width, config.hidden_size, "
+            f"got {type(model).__name__}, of several parts"
+        )
     if config.norm == "rms_norm":
         warnings.warn(
             "BottleneckAdapter: norm='rms_norm' trains, but save_adapter cannot write it, as "

@@ -8,6 +8,7 @@ the decoder's self-attention that has one, as in PEFT.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,6 +93,12 @@ class AttentionPrefixes(nn.Module):
 
     def attend(self, current, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
         key, value, ids = current
+        heads, dim = key.shape[-3], key.shape[-1]
+        if k.shape[1::2] != (heads, dim) or v.shape[3] != dim:  # JetMoE's, by its experts
+            raise InputError(
+                f"PrefixTuning: expected {heads} heads of {dim}, as the config says, got keys "
+                f"{[*k.shape]} and values {[*v.shape]}: not supported"
+            )
         prefix = key.to(q.dtype), value.to(q.dtype)
         return prefix_attention(q, k, v, *prefix, prefix_ids=ids, **options)
 
@@ -260,8 +267,8 @@ class Shape(NamedTuple):
 def stack_of(model: nn.Module) -> nn.Module:
     """The module whose layers have the prefix: the backbone, an encoder-decoder's decoder."""
     backbone = getattr(model, "base_model", model)
-    config = getattr(backbone, "config", None)
-    return backbone.decoder if getattr(config, "is_encoder_decoder", False) else backbone
+    two = getattr(getattr(backbone, "config", None), "is_encoder_decoder", False)
+    return getattr(backbone, "decoder", backbone) if two else backbone
 
 
 def attention_layers(stack: nn.Module) -> list[nn.Module]:
@@ -284,7 +291,8 @@ def shape_of(stack: nn.Module) -> Shape:
     layers = config.decoder_layers if of_decoder else config.num_hidden_layers
     heads = config.decoder_attention_heads if of_decoder else config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    one = 1 if getattr(config, "multi_query", False) else None  # GPTBigCode's
+    groups = one or getattr(config, "num_key_value_heads", None) or heads
     return Shape(layers, groups, dim, config.hidden_size)
 
 
@@ -313,16 +321,24 @@ def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
             "a prefix cannot reach it"
         )
     stack = stack_of(model)
+    if not all(
+        hasattr(stack.config, f"num_{name}") for name in ("hidden_layers", "attention_heads")
+    ):
+        raise InputError(
+            f"PrefixTuning: expected a model of text with attention in its layers, got {kind}, "
+            "whose config has no num_hidden_layers or no num_attention_heads"
+        )
     layers, shape = attention_layers(stack), shape_of(stack)
     if len(layers) != shape.layers:
         raise InputError(
             f"PrefixTuning: expected {shape.layers} self-attention layers in {kind}, found "
             f"{len(layers)}"
         )
-    for name in ("attn_logit_softcapping", "sinks"):
+    for name in ("attn_logit_softcapping", "sinks", "lambda_q1"):  # the last is DiffLlama's
         if getattr(model.config, name, None) or hasattr(layers[0], name):
             raise InputError(f"PrefixTuning: {kind} has {name}, which the prefix kernels do not do")
     for layer in layers:
+        _check_layer(model, stack, layer, shape)
         names = ("k_proj", "key", "k")
         key = next((m for n in names if (m := getattr(layer, n, None)) is not None), None)
         out = getattr(key, "out_features", shape.heads * shape.dim)
@@ -336,6 +352,18 @@ def plan(model: nn.Module, config: PrefixTuning, strict: bool) -> None:
             f"PrefixTuning: expected embeddings of positions, rotary or a table, in {kind}, which "
             "a prefix moves, found none"
         )
+
+
+def _check_layer(model: nn.Module, stack: nn.Module, layer: nn.Module, shape: Shape) -> None:
+    """Raises InputError for attention that would pass the prefix by, or see what it must not."""
+    at = f"PrefixTuning: layer {layer.layer_idx} of {type(model).__name__}, {type(layer).__name__},"
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.unwrap(type(layer).forward).__code__.co_names:
+        raise InputError(f"{at} goes around transformers' interface: a prefix cannot reach it")
+    dims = [getattr(layer, name, shape.dim) for name in ("qk_head_dim", "v_head_dim")]
+    if dims != [shape.dim] * 2:  # latent attention: DeepSeek
+        raise InputError(f"{at} expected keys and values of {shape.dim} a head, got {dims}")
+    if model.can_generate() and not (stack._supports_sdpa or getattr(layer, "is_causal", True)):
+        raise InputError(f"{at} does not say that it is causal, by which the fused op goes")
 
 
 def _set_attention(model: nn.Module, stack: nn.Module, name: str) -> None:

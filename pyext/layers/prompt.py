@@ -61,12 +61,18 @@ class Prompts(nn.Module):
             positions = positions + length
             if first:
                 front = torch.arange(length, device=positions.device, dtype=positions.dtype)
-                positions = torch.cat((front.expand(len(positions), -1), positions), 1)
+                # [B, T], or Qwen-VL's [3, B, T]
+                positions = torch.cat((front.expand(*positions.shape[:-1], -1), positions), -1)
             given["position_ids"] = positions
         widen_types(given, length)
         given.pop("cache_position", None)  # the stack counts for itself
         if not first:
             return (), given
+        if any(given.get(f"{what}_grid_thw") is not None for what in ("image", "video")):
+            raise InputError(
+                "PromptTuning: expected text alone: the positions of images come from input_ids, "
+                "in whose place a prompt's embeddings go"
+            )
         make_room(cache, length)
         given["input_ids"] = None
         given["inputs_embeds"] = _embed(stack.get_input_embeddings(), ids, embeds, prompt)
@@ -201,7 +207,7 @@ def stack_of(model: nn.Module) -> nn.Module:
     in a backbone that OPT's and BART's causal models go around."""
     backbone = getattr(model, "base_model", model)
     if getattr(getattr(backbone, "config", None), "is_encoder_decoder", False):
-        return backbone.encoder
+        return getattr(backbone, "encoder", backbone)
     inner = getattr(backbone, "decoder", None)
     return inner if isinstance(inner, PreTrainedModel) else backbone
 
@@ -222,12 +228,17 @@ def plan(model: nn.Module, config: PromptTuning, strict: bool) -> Tensor:
     kind = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"PromptTuning: expected a model of transformers, got {kind}")
-    embedding = stack_of(model).get_input_embeddings()
+    stack = stack_of(model)
+    embedding = stack.get_input_embeddings() if hasattr(stack, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
-    if weight is None or weight.ndim != 2 or not list(attention_layers(stack_of(model))):
+    if stack is model and model.config.is_encoder_decoder:
+        raise InputError(f"PromptTuning: expected an encoder and a decoder in {kind}, found none")
+    if weight is None or weight.ndim != 2 or not list(attention_layers(stack)):
         raise InputError(
             f"PromptTuning: expected a model of text, with embeddings of tokens, in {kind}"
         )
+    if "inputs_embeds" not in inspect.signature(stack.forward).parameters:
+        raise InputError(f"PromptTuning: expected {type(stack).__name__} to take inputs_embeds")
     vocabulary, hidden = weight.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     if config.init == "random":
