@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -201,7 +202,9 @@ def plan(model: nn.Module, config: BottleneckAdapter, strict: bool) -> list[Bloc
 def add(model: nn.Module, config: BottleneckAdapter, name: str, found: list[Block]) -> None:
     dim = model.config.hidden_size
     for block in found:
-        like = next(block.ffn_in.parameters())
+        # OLMo's and Dory's norms have no parameters.
+        near = (block.ffn_in, block.ffn, model)
+        like = next(chain.from_iterable(m.parameters() for m in near))
         for module, hook, _ in places(block, config.placement):
             child = module._modules.get(_child(hook))
             if child is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.ops import lora_linear
+from fusedpeft.ops.arguments import transformed
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 
@@ -106,7 +107,7 @@ class FusedLinear(lora.Linear):
             return False  # PEFT's answer, be it an error
         if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
             return False
-        if self.ephemeral_gpu_offload or torch._C._are_functorch_transforms_active():
+        if self.ephemeral_gpu_offload or transformed():
             return False  # torch.func's transforms: the op has no rule for them
         dropouts, casts = self._modules["lora_dropout"]._modules, self.cast_input_dtype_enabled
         for name in names:

@@ -21,7 +21,7 @@ from fusedpeft.ops import twice
 from fusedpeft.ops.adapter_aten import ACTIVATIONS, aten_bwd, aten_fwd, has_products, stats_dtype
 from fusedpeft.ops.adapter_checks import check
 from fusedpeft.ops.adapter_native import one_fwd, one_ok, train_bwd, train_fwd
-from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.native import native
 
@@ -267,6 +267,7 @@ def bottleneck_adapter(
     (after: y before the norm, and its statistics). Raises TypeError or ValueError with the expected
     and the given value before anything is computed.
     """
+    refuse_transforms("bottleneck_adapter")
     if impl is None:
         tensors = (down_w, down_b, up_w, up_b, residual, norm_weight, norm_bias)
         options = (norm_position, dropout_p, scale, norm_eps)

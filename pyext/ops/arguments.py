@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedpeft.ops.native import DTYPE_CODES
 
@@ -21,14 +22,14 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:
-    """Ordinary tensors in eager mode, which can be called on directly. Compilers, subclasses and
-    torch.func's transforms need the dispatcher, as does torch.jit's tracer: it sees no call into
-    C++ and would keep what the call wrote as a constant."""
+    """Ordinary tensors in eager mode, whose memory can be handed on. Compilers and subclasses need
+    the dispatcher, as does torch.jit's tracer: it sees no call into C++ and would keep what the
+    call wrote as a constant."""
     return (
         all([type(t) in PLAIN for t in tensors])
         and not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed()
     )
 
 
@@ -45,6 +46,20 @@ def autocast(device: str, *given: object) -> list:
         else t
         for t in given
     ]
+
+
+def transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse_transforms(op: str) -> None:
+    """Their tensors have no memory of their own, and tangents would be lost in silence."""
+    if not torch.compiler.is_compiling() and transformed():
+        raise NotImplementedError(
+            f"{op}: expected plain autograd, got a transform of torch.func or forward-mode AD, for "
+            f"which the op has no rule: ops.{op}_ref has"
+        )
 
 
 def check_number(name: str, value: object) -> None:

@@ -20,7 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, check_number, check_triton, device_of
+from fusedpeft.ops.arguments import (
+    autocast,
+    autocasts,
+    check_number,
+    check_triton,
+    device_of,
+    refuse_transforms,
+)
 from fusedpeft.ops.linear_logprob_aten import logprob_bwd, logprob_fwd
 
 _IMPLS = ("aten", "triton")
@@ -237,6 +244,7 @@ def linear_logprob(
     h and the logsumexp (M fp32). On a CPU a label outside [0, V) raises ValueError; on a GPU its
     row is NaN unless FUSEDPEFT_DEBUG=1 asks for the check. Under torch.compile it is NaN as well.
     """
+    refuse_transforms("linear_logprob")
     if autocasts(device := device_of(h)):
         h, w, bias = autocast(device, h, w, bias)
     _check(h, w, labels, bias, ignore_index, softcap, temperature, impl)

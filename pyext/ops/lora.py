@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
 from fusedpeft.ops.dropout import as_seed, dropout_ref
 from fusedpeft.ops.lora_check import (
     check,
@@ -44,7 +44,8 @@ def lora_linear_ref(
 ) -> Tensor:
     """The specification, in plain torch. The adapter is computed in its own dtype, as in PEFT."""
     w = w.dequantise(x.dtype) if isinstance(w, QuantisedWeight) else w
-    dropped = dropout_ref(x.reshape(-1, x.shape[-1]), dropout_p, seed).view(x.shape)
+    rows = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    dropped = dropout_ref(rows, dropout_p, seed).view(x.shape)
     y = F.linear(x, w) + scale * F.linear(F.linear(dropped.to(a.dtype), a), b)
     if magnitude is not None:
         y = y * (magnitude / (w + scale * (b @ a)).norm(dim=1).detach())
@@ -257,6 +258,7 @@ def lora_linear(
     Saved for backward: x, and S = drop(x)Aᵀ (M·R elements in a's dtype). Raises TypeError or
     ValueError with the expected and the given value before anything is launched.
     """
+    refuse_transforms("lora_linear")
     quantised, given = isinstance(w, QuantisedWeight), (w, a, b)
     if autocasts(device := device_of(x)):
         x, w, a, b, bias = autocast(device, x, w, a, b, bias)
@@ -285,7 +287,7 @@ def lora_linear(
         if choose_impl("cpu", x.numel() // k, False)[0] == "native":
             return native_fwd(x, w, a, b, bias, float(scale))
 
-    x2 = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    x2 = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x[None]
     seed = as_seed(seed, x.device) if dropout_p > 0.0 else None
     if impl in DECODE:
         check_decode(impl, x2, w, a, b, needs_grad, dropout_p)

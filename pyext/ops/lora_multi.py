@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
 from fusedpeft.ops.dropout import as_seed
 from fusedpeft.ops.lora import DECODE, choose_impl, lora_linear, lora_linear_ref, whole_x
 from fusedpeft.ops.lora_check import check_decode, check_multi, decode_ok
@@ -237,13 +237,15 @@ def lora_linear_multi(
     none = [None] * len(ws) if isinstance(ws, Sequence) else []
     biases, magnitudes = (none if t is None else t for t in (biases, magnitudes))
     given = ws, as_, bs
+    refuse_transforms("lora_linear_multi")
     if autocasts(device := device_of(x)):
         lists = ((x,), ws, as_, bs, biases)
         (x,), ws, as_, bs, biases = (
             autocast(device, *part) if isinstance(part, Sequence) else part for part in lists
         )
     check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl)
-    rows, m = x if x.ndim == 2 else x.reshape(-1, x.shape[-1]), magnitudes
+    rows = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 2 else x[None]
+    m = magnitudes
     inside = [None if mag is not None else c for c, mag in zip(biases, m, strict=True)]
     ys = _multi(rows, ws, as_, bs, [float(s) for s in scales], inside, dropout_p, seed, impl)
     ys = [y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]

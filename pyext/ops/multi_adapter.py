@@ -21,7 +21,7 @@ from fusedpeft.ops.adapter_native import (
     is_sound,
     multi_fwd,
 )
-from fusedpeft.ops.arguments import is_plain
+from fusedpeft.ops.arguments import is_plain, refuse_transforms
 from fusedpeft.ops.native import native
 from fusedpeft.ops.slots import Adapter, AdapterSlots, check_slots
 
@@ -189,6 +189,7 @@ def multi_bottleneck_adapter(
     "cuda" does can be captured; slots and sizes must not change while it runs. Raises TypeError or
     ValueError with the expected and the given value before anything is computed.
     """
+    refuse_transforms("multi_bottleneck_adapter")
     before = norm is not None and norm_position == "before"
     grads = torch.is_grad_enabled()
     if not grads and impl is None and norm_position == "before" and native is not None:

@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.arguments import autocast, autocasts, check_triton, device_of, is_plain
+from fusedpeft.ops.arguments import (
+    autocast,
+    autocasts,
+    check_triton,
+    device_of,
+    is_plain,
+    refuse_transforms,
+)
 from fusedpeft.ops.multi_lora_cpu import (
     MAX_NATIVE_TOKENS,
     aten_fwd,
@@ -216,6 +223,7 @@ def multi_lora_linear(
     "cuda", of at most 64 rows, "triton", "aten" force one. Raises TypeError or ValueError with the
     expected and the given value before anything is launched.
     """
+    refuse_transforms("multi_lora_linear")
     if autocasts(device := device_of(x)):
         x, w, bias = autocast(device, x, w, bias)
     plain = is_plain((x, w, slots))

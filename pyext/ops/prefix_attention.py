@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedpeft.ops import twice
-from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain
+from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
 from fusedpeft.ops.prefix_attention_checks import (
     DECODE,
@@ -239,6 +239,7 @@ def prefix_attention(
     Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
     device that has no kernel.
     """
+    refuse_transforms("prefix_attention")
     plain = is_plain((q, k, v, prefix_k, prefix_v)) and not q.is_meta
     rare = not plain or not (mask is cu_seqlens is prefix_ids is impl is None)
     if not rare and plainly_decodes(q, k, v, prefix_k, prefix_v, causal, window, scale):

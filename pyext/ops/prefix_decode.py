@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fusedpeft.ops.arguments import is_plain
+from fusedpeft.ops.arguments import is_plain, refuse_transforms
 from fusedpeft.ops.prefix_attention import _row_ref
 from fusedpeft.ops.prefix_attention_aten import acc_dtype
 from fusedpeft.ops.prefix_decode_checks import check
@@ -105,6 +105,7 @@ def prefix_decode_attention(
     shows it); "native" (C++), "cuda", "aten" (any device, with a prefix per request in memory)
     force one. Raises TypeError or ValueError with the expected and the given value.
     """
+    refuse_transforms("prefix_decode_attention")
     check(q, k, v, prefix, slots, lengths, block_table, scale, window, impl)
     given = (q, k, v, prefix.k, prefix.v)
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.arguments import is_plain
+from fusedpeft.ops.arguments import is_plain, refuse_transforms
 
 
 def soft_prompt_embedding_ref(
@@ -231,6 +231,7 @@ def soft_prompt_embedding(
     Raises TypeError or ValueError with the expected and the given value. On a CPU an id outside its
     table raises; on a GPU its row is NaN unless FUSEDPEFT_DEBUG=1 asks for the check.
     """
+    refuse_transforms("soft_prompt_embedding")
     _check(input_ids, table, prompt, prompt_ids)
     args = (input_ids, table, prompt[None] if prompt_ids is None else prompt, prompt_ids)
     if not is_plain((input_ids, table, prompt)):

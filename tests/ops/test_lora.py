@@ -207,6 +207,17 @@ def test_dora_never_forms_the_product(check_accuracy, dtype):
     check_accuracy("y", got, low, ref)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0), (2, 0, 0)])
+def test_no_features_at_all(shape):
+    x, w, a = torch.empty(shape), torch.empty(4, 0), torch.empty(2, 0).requires_grad_()
+    b, bias = torch.randn(4, 2), torch.randn(4)
+    for grad, p in ((False, 0.0), (True, 0.0), (True, 0.3)):
+        with torch.set_grad_enabled(grad):
+            y = ops.lora_linear(x, w, a, b, 2.0, bias, dropout_p=p)
+            (z,) = ops.lora_linear_multi(x, [w], [a], [b], [2.0], [bias], dropout_p=p)
+        assert torch.equal(y, torch.nn.functional.linear(x, w, bias)) and torch.equal(z, y)
+
+
 def test_empty_input():
     (_, w, a, b), c = make(1, 16, 8, 4, torch.float32)
     x = torch.empty(0, 16, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning on models that are not built like Llama: right, or refused at once."""
+"""Prefixes, prompts and adapters on models not built like Llama: right, or refused at once."""
 
 import pytest
 import torch
@@ -124,6 +124,32 @@ def test_images_whose_positions_the_prompt_would_change_are_refused(ids):
     model = fp.attach(vision_model(mrope_section=[1, 1, 1]), fp.PromptTuning(length=3))
     with pytest.raises(InputError, match="expected text alone: the positions of images"):
         model(ids, image_grid_thw=torch.tensor([[1, 2, 2]]))
+
+
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer", "parallel"])
+def test_adapters_beside_norms_without_parameters(placement, ids):
+    model = build("OlmoForCausalLM", **SMALL)
+    plain = model(ids).logits
+    fp.attach(model, fp.BottleneckAdapter(size=5, placement=placement))
+    assert torch.equal(model(ids).logits, plain)
+    adapters = [p for p in model.parameters() if p.requires_grad]
+    for p in adapters:
+        torch.nn.init.normal_(p, std=0.2)
+    model(ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in adapters)
+
+
+def test_layers_of_several_widths_or_of_lists_take_no_adapter(ids):
+    longcat = {"ffn_hidden_size": 40, "expert_ffn_hidden_size": 16, "num_layers": 2, "moe_topk": 2}
+    longcat |= {"zero_expert_num": 1, "head_dim": 4, "qk_head_dim": 8}
+    for model, message in (
+        (vision_model(mrope_section=[1, 1, 1]), "one width, config.hidden_size, got Qwen2VL"),
+        (build("LongcatFlashForCausalLM", **SMALL | EXPERTS | LATENT | longcat), "are known"),
+    ):
+        with pytest.raises(InputError, match=message):
+            fp.attach(model, fp.BottleneckAdapter(size=5))
+        assert all(p.requires_grad for p in model.parameters())
+        model(ids)
 
 
 def test_what_a_prompt_cannot_enter():

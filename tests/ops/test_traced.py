@@ -1,4 +1,4 @@
-"""What sees through the dispatcher alone: torch.jit's tracer, torch.func. No op goes past them."""
+"""torch.jit's tracer sees what goes through the dispatcher alone: no op goes past it."""
 
 from __future__ import annotations
 
@@ -63,23 +63,3 @@ def test_a_trace_holds_the_call_and_not_what_it_wrote(name):
             assert torch.equal(traced(second), second)  # it hands the call on
         else:
             torch.testing.assert_close(traced(second), call(second))
-
-
-LISTS = (
-    "lora_linear, NF4",
-    "multi_bottleneck_adapter",
-)  # torch has no loop over ops that take some
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "prepared"])
-def test_vmap_is_a_call_for_each_or_says_that_it_cannot(name):
-    call, xs = CALLS[name], normal(2, 3, D, seed=8)
-    with torch.no_grad():
-        if name in LISTS:
-            with pytest.raises(RuntimeError, match="Batching rule not implemented for fusedpeft::"):
-                torch.func.vmap(call)(xs)
-        else:
-            torch.testing.assert_close(
-                torch.func.vmap(call)(xs), torch.stack([call(x) for x in xs])
-            )
