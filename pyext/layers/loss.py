@@ -182,7 +182,8 @@ class _FusedLoss:
                 if isinstance(model, EncoderDecoderModel) and mask is None:  # no other hides these
                     given["decoder_attention_mask"] = (ids != model.config.pad_token_id).to(ids)
         self.bias = getattr(model, "final_logits_bias", None)  # BART's, beside the layer
-        self.as_tuple = not given.pop("return_dict", model.config.return_dict)
+        asked = given.get("return_dict")  # PEFT says None
+        self.as_tuple = not (model.config.return_dict if asked is None else asked)
         given["return_dict"] = True
         return (), given
 
@@ -232,15 +233,15 @@ class _FusedLoss:
         if others not in ([], ["aux_loss"]):  # Switch's
             raise InputError(f"fuse_loss: {name} adds {others} to its loss")
         if shown is not None:
-            self.compare(name, output, shown, probe, aux)
-            self.known = True
+            self.known = self.compare(name, output, shown, probe, aux)
         if aux is not None:
             loss = loss + aux
         output = type(output)(**{**output, "loss": loss, "logits": None})
         return output.to_tuple() if as_tuple else output
 
-    def compare(self, name: str, output, shown: Tensor, probe: Tensor, aux: Tensor | None) -> None:
-        """What the model made of the first tokens with what is made of the others here."""
+    def compare(self, name: str, output, shown: Tensor, probe: Tensor, aux: Tensor | None) -> bool:
+        """What the model made of the first tokens with what is made of the others here; False where
+        they are too few to tell."""
         logits = output.logits.detach()
         scale = shown.abs().max() * torch.finfo(shown.dtype).eps
         if bool(((logits.to(shown) - shown).abs() > 8 * scale).any()):
@@ -251,7 +252,7 @@ class _FusedLoss:
         ahead = 1 if self.shifts else 0
         logits, probe = logits[..., : logits.shape[-2] - ahead, :].float(), probe[..., ahead:]
         if not probe.numel():
-            return
+            return False
         want = nn.functional.cross_entropy(logits.flatten(0, -2), probe.flatten())
         got = output.get("loss")
         made = None if got is None else got.detach().to(want) - (0.0 if aux is None else aux)
@@ -261,3 +262,4 @@ class _FusedLoss:
                 f"fuse_loss: {name} makes another loss of its logits than cross-entropy with the "
                 f"labels{' shifted' * ahead}: fuse_loss(model, False)"
             )
+        return True

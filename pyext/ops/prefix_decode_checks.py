@@ -66,7 +66,7 @@ def check(q, k, v, prefix, slots, lengths, table, scale, window, impl) -> None:
         raise ValueError(f"block_table: expected [{B}, blocks] and block_size >= 1, got {got}")
     if window is not None and (not isinstance(window, int) or window < 1):
         raise ValueError(f"window: expected an int >= 1 or None, got {window!r}")
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if impl not in (None, *IMPLS):
         raise ValueError(f"impl: expected one of {IMPLS} or None, got {impl!r}")

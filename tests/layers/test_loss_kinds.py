@@ -83,6 +83,34 @@ class Aligned(transformers.LlamaForCausalLM):
         return out
 
 
+def test_one_token_a_row_tells_nothing_and_the_next_call_is_looked_at(llama, ids, given):
+    model = fp.fuse_loss(Aligned(llama.config).train())
+    assert model(ids[:, :1], labels=ids[:, :1]).loss == 0
+    with pytest.raises(InputError, match="Aligned makes another loss of its logits"):
+        model(**given)
+
+
+def test_pefts_prompt_which_leaves_return_dict_open(llama, given):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(llama, config).train()
+    plain = model(**given).loss
+    fused = fp.fuse_loss(model)(**given)
+    assert fused.logits is None
+    torch.testing.assert_close(fused.loss, plain)
+
+
+def test_compiled_for_all_shapes(llama, ids):
+    torch.compiler.reset()
+    model = fp.fuse_loss(llama.train())
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (9, 5):
+        part = ids[:, :tokens]
+        out = compiled(input_ids=part, labels=part)
+        assert out.logits is None
+        torch.testing.assert_close(out.loss, model(input_ids=part, labels=part).loss)
+
+
 class Lossless(transformers.LlamaForCausalLM):
     def forward(self, input_ids, labels=None, **more):
         return super().forward(input_ids, **more)

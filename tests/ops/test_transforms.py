@@ -51,3 +51,41 @@ def test_a_transform_is_refused_by_name(name, transform):
 def test_the_reference_takes_them():
     for transform in ("vmap", "jvp", "grad"):
         TRANSFORMS[transform](lambda x: ops.lora_linear_ref(x, W, A, B, 0.5), X)
+
+
+class Scaled(torch.nn.Module):
+    """Its numbers are attributes, which a compiler of any shapes makes symbols of."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.scale, self.eps, self.cap, self.window = op, 0.5, 1e-5, 4.0, 3
+
+    def forward(self, x):
+        return self.op(self, x)
+
+
+NUMBERS = {
+    "lora_linear": lambda m, x: ops.lora_linear(x, W, A, B, m.scale),
+    "bottleneck_adapter": lambda m, x: ops.bottleneck_adapter(
+        x, DOWN, None, UP, None, scale=m.scale, norm="layer_norm", norm_eps=m.eps, residual=x
+    ),
+    "prefix_attention": lambda m, x: ops.prefix_attention(
+        x[:, None], x[:, None], x[:, None], P[:1], P[:1], scale=m.scale, window=m.window
+    ),
+    "linear_logprob": lambda m, x: ops.linear_logprob(
+        x, W, (x[..., 0] > 0).long(), softcap=m.cap, temperature=m.scale
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_one_graph_for_all_shapes(name):
+    torch.compiler.reset()
+    module = Scaled(NUMBERS[name])
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, tokens in ((2, 5), (3, 7)):
+        x = torch.randn(rows, tokens, 8, requires_grad=True)
+        got, want = compiled(x), module(x)
+        torch.testing.assert_close(got, want)
+        grads = [torch.autograd.grad(y.sum(), x)[0] for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
