@@ -109,6 +109,7 @@ def one_ok(x, tensors, activation, norm, position, dropout_p, scale, eps) -> boo
         and dropout_p == 0.0
         and type(scale) is float
         and type(eps) is float
+        and scale - scale == eps - eps == 0.0
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and any([t.requires_grad for t in given]))
     )

@@ -67,7 +67,7 @@ def check_number(name: str, value: object) -> None:
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(f"{name}: expected a number, got a Tensor that requires a gradient")
     try:
-        found = float(value)
+        found = float(value if not isinstance(value, str) else None)
     except (TypeError, ValueError, RuntimeError):
         kind = type(value).__name__
         raise TypeError(f"{name}: expected a number, got {value!r} ({kind})") from None

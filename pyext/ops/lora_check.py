@@ -144,7 +144,8 @@ def check_multi(x, ws, as_, bs, scales, biases, dropout_p, magnitudes, impl) -> 
     dtype = next((a.dtype for a in as_ if isinstance(a, Tensor)), None)
     usual = dropout_p == 0.0 and impl is None and is_plain((x, *ws, *as_, *bs))
     for i, (w, a, b, scale, bias, m) in enumerate(zip(*lists.values(), strict=True)):
-        if usual and m is None and is_sound(x, w, a, b, bias) and a.dtype == dtype:
+        plain = usual and m is None and type(scale) is float and scale - scale == 0.0
+        if plain and is_sound(x, w, a, b, bias) and a.dtype == dtype:
             continue
         try:
             if (a is None) != (b is None) or (a is None and m is not None):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.arguments import check_number
+
 
 def _check(**tensors: Tensor) -> None:
     (first, ref), *_ = tensors.items()
@@ -23,6 +25,8 @@ def _check(**tensors: Tensor) -> None:
             )
         if t.device != ref.device:
             raise ValueError(f"{name}: expected device {ref.device} (as {first}), got {t.device}")
+        if t.is_complex():
+            raise TypeError(f"{name}: expected a real dtype, got {t.dtype}")
     if not ref.is_floating_point():
         raise TypeError(f"{first}: expected a floating dtype, got {ref.dtype}")
     group = tensors["group"]
@@ -78,6 +82,10 @@ def pro_loss(
     reach logp_sum only. Scalar, fp32 (fp64 for fp64); an empty batch gives 0.
     """
     _check(logp_sum=logp_sum, length=length, reward=reward, group=group)
+    check_number("sft_weight", sft_weight)
+    read = length.device.type == "cpu" and not torch.compiler.is_compiling()
+    if read and length.numel() and not length.min() >= 1:
+        raise ValueError(f"length: expected tokens, at least 1, got {length.min().item()}")
     total = _wide(logp_sum)
     r = reward.detach().to(total.dtype)
     s = total / length.to(total.dtype)

@@ -44,6 +44,9 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
     if S < T or (cu is not None and S != T):
         why = f"S {'=' if cu is not None else '>='} T = {T}"
         raise ValueError(f"k: expected {why}, got S = {S}")
+    if cu is not None and (B != 1 or cu.ndim != 1 or len(cu) < 1):
+        got = f"B = {B}, cu_seqlens {tuple(cu.shape)}"
+        raise ValueError(f"cu_seqlens: expected B = 1 (packed) and [n + 1], got {got}")
     _check_prefix(pk, pv, ids, B if cu is None else len(cu) - 1, HKV, D)
     if mask is not None:
         if cu is not None:
@@ -57,9 +60,6 @@ def check(q, k, v, pk, pv, mask, window, cu, ids, scale, causal, impl) -> None:
             )
         if mask.requires_grad:
             raise ValueError("mask: expected no gradient, got requires_grad=True")
-    if cu is not None and (B != 1 or cu.ndim != 1 or len(cu) < 1):
-        got = f"B = {B}, cu_seqlens {tuple(cu.shape)}"
-        raise ValueError(f"cu_seqlens: expected B = 1 (packed) and [n + 1], got {got}")
     for name, t in extra[1:]:
         if t is not None and t.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: expected int32 or int64, got {t.dtype}")
