@@ -9,8 +9,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fusedpeft.ops.native import DTYPE_CODES
+
+_transforms_active = torch._C._are_functorch_transforms_active  # each decoded token asks
 
 
 def device_of(x: object) -> str:
@@ -50,12 +53,12 @@ def autocast(device: str, *given: object) -> list:
 
 def transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp) or forward-mode AD is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms_active() or forward_ad._current_level >= 0
 
 
 def refuse_transforms(op: str) -> None:
     """Their tensors have no memory of their own, and tangents would be lost in silence."""
-    if not torch.compiler.is_compiling() and transformed():
+    if (_transforms_active() or forward_ad._current_level >= 0) and not is_compiling():
         raise NotImplementedError(
             f"{op}: expected plain autograd, got a transform of torch.func or forward-mode AD, for "
             f"which the op has no rule: ops.{op}_ref has"
