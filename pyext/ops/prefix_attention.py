@@ -3,10 +3,11 @@
     out = softmax([scale · q prefix_kᵀ | scale · q kᵀ + mask]) [prefix_v ; v]
     q [B, H, T, D]   k, v [B, HKV, S, D], S ≥ T   prefix [HKV, P, D] or [B or n, HKV, P, D]
 
-A CPU attends to the two parts apart and merges them by their logsumexp
-(prefix_attention_aten.py), a GPU walks them in one pass (kernels/prefix_attention.py). Both keep
-out and the logsumexp for backward, and add the shares of a shared prefix in a fixed order. A few
-queries without gradients go to the kernels of prefix_decode_attention. (Li & Liang 2021,
+One pass walks prefix and keys, in C++ on a CPU (prefix_attention_cpu.py), in Triton on a GPU
+(kernels/prefix_attention.py). In fp64, with fewer heads of k than threads, and for bf16's forward
+pass on AMX, a CPU attends to the two parts apart with ATen and merges them by their logsumexp
+(prefix_attention_aten.py). All keep out and the logsumexp for backward, and add the shares of a
+shared prefix in a fixed order. A few queries without gradients go to the kernels of prefix_decode_attention. (Li & Liang 2021,
 "Prefix-Tuning"; partial softmaxes: Dao et al. 2022, "FlashAttention", §3.1.)
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from fusedpeft.ops import twice
 from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
-from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd
+from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd, in_tiles
 from fusedpeft.ops.prefix_attention_checks import (
     DECODE,
     check,
@@ -95,8 +96,8 @@ _lib.define(
 )
 
 
-def _flashes(impl: str, q: Tensor, k: Tensor) -> bool:
-    return impl == "flash" or (impl == "" and flash_ok(q, k))
+def _flashes(impl: str, q: Tensor, k: Tensor, forward: bool = False) -> bool:
+    return impl == "flash" or (impl == "" and flash_ok(q, k) and not (forward and in_tiles(q)))
 
 
 def _forward(*args):
@@ -109,7 +110,7 @@ def _forward(*args):
         from fusedpeft.kernels.prefix_attention import prefix_attention_fwd
 
         return prefix_attention_fwd(*args)
-    return (flash_fwd if _flashes(impl, *args[:2]) else aten_fwd)(*args)
+    return (flash_fwd if _flashes(impl, *args[:2], True) else aten_fwd)(*args)
 
 
 def _backward(*args):
@@ -231,7 +232,7 @@ def prefix_attention(
 
     Both results are differentiable; gradients come in their input's dtype and are the same in every
     run. Saved for backward: the inputs, out and the logsumexp. impl: None chooses by device
-    (`fusedpeft doctor` shows it), "aten" is the CPU path, "triton" the GPU's; "native" and "cuda"
+    (`fusedpeft doctor` shows it), "flash" is C++ and "aten" torch on a CPU, "triton" the GPU's; "native" and "cuda"
     are those of prefix_decode_attention, taken where T ≤ 8 and causal (or T = 1), without
     gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads cu_seqlens and
     prefix_ids before the launch: a row whose id is outside the table is NaN there, as are tokens

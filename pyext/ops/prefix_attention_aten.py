@@ -35,8 +35,13 @@ def _has_amx() -> bool:
     return getattr(torch.cpu, "_is_amx_tile_supported", bool)()
 
 
+def in_tiles(t: Tensor) -> bool:
+    """Whether ATen's forward pass multiplies t on AMX, ahead of any fp32."""
+    return t.dtype == torch.bfloat16 and _has_amx()
+
+
 def _forward_dtype(t: Tensor) -> torch.dtype:
-    return t.dtype if t.dtype == torch.bfloat16 and _has_amx() else acc_dtype(t)
+    return t.dtype if in_tiles(t) else acc_dtype(t)
 
 
 def _as_rows(prefix: Tensor) -> Tensor:
