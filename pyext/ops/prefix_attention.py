@@ -7,8 +7,9 @@ One pass walks prefix and keys, in C++ on a CPU (prefix_attention_cpu.py), in Tr
 (kernels/prefix_attention.py). In fp64, with fewer heads of k than threads, and for bf16's forward
 pass on AMX, a CPU attends to the two parts apart with ATen and merges them by their logsumexp
 (prefix_attention_aten.py). All keep out and the logsumexp for backward, and add the shares of a
-shared prefix in a fixed order. A few queries without gradients go to the kernels of prefix_decode_attention. (Li & Liang 2021,
-"Prefix-Tuning"; partial softmaxes: Dao et al. 2022, "FlashAttention", §3.1.)
+shared prefix in a fixed order. A few queries without gradients go to the kernels of
+prefix_decode_attention. (Li & Liang 2021, "Prefix-Tuning"; partial softmaxes: Dao et al. 2022,
+"FlashAttention", §3.1.)
 """
 
 from __future__ import annotations
@@ -232,9 +233,9 @@ def prefix_attention(
 
     Both results are differentiable; gradients come in their input's dtype and are the same in every
     run. Saved for backward: the inputs, out and the logsumexp. impl: None chooses by device
-    (`fusedpeft doctor` shows it), "flash" is C++ and "aten" torch on a CPU, "triton" the GPU's; "native" and "cuda"
-    are those of prefix_decode_attention, taken where T ≤ 8 and causal (or T = 1), without
-    gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads cu_seqlens and
+    (`fusedpeft doctor` shows it), "flash" is C++ and "aten" torch on a CPU, "triton" the GPU's;
+    "native" and "cuda" are those of prefix_decode_attention, taken where T ≤ 8 and causal (or
+    T = 1), without gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads cu_seqlens and
     prefix_ids before the launch: a row whose id is outside the table is NaN there, as are tokens
     that no sequence holds; fp64 has no kernel; and a mask's values below −1e29 hide as −inf does.
     Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
