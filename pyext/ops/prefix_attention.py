@@ -234,12 +234,12 @@ def prefix_attention(
     Both results are differentiable; gradients come in their input's dtype and are the same in every
     run. Saved for backward: the inputs, out and the logsumexp. impl: None chooses by device
     (`fusedpeft doctor` shows it), "flash" is C++ and "aten" torch on a CPU, "triton" the GPU's;
-    "native" and "cuda" are those of prefix_decode_attention, taken where T ≤ 8 and causal (or
-    T = 1), without gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads
-    cu_seqlens and prefix_ids before the launch: a row whose id is outside the table is NaN there, as are tokens
-    that no sequence holds; fp64 has no kernel; and a mask's values below −1e29 hide as −inf does.
-    Raises TypeError or ValueError with the expected and the given value, NotImplementedError on a
-    device that has no kernel.
+    "native" and "cuda" are those of prefix_decode_attention, taken where T ≤ 8 and causal (or T =
+    1), without gradients, mask and cu_seqlens. On a GPU without FUSEDPEFT_DEBUG=1 nobody reads
+    cu_seqlens and prefix_ids before the launch: a row whose id is outside the table is NaN there,
+    as are tokens that no sequence holds; fp64 has no kernel; and a mask's values below −1e29 hide
+    as −inf does. Raises TypeError or ValueError with the expected and the given value,
+    NotImplementedError on a device that has no kernel.
     """
     refuse_transforms("prefix_attention")
     plain = is_plain((q, k, v, prefix_k, prefix_v)) and not q.is_meta
