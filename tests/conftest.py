@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -81,3 +82,19 @@ def lively() -> Callable[[torch.nn.Module], torch.nn.Module]:
         return model
 
     return lively
+
+
+@pytest.fixture(params=["flash", "aten"])
+def prefix_attention_by(request, monkeypatch) -> str:
+    """prefix_attention on a CPU by C++ and by ATen, whatever the threads and the chip."""
+    from fusedpeft.ops.native import DTYPE_CODES, native
+
+    module = importlib.import_module("fusedpeft.ops.prefix_attention")
+    if request.param == "flash" and native is None:
+        pytest.skip("fusedpeft._C is not built")
+
+    def flashes(impl, q, k, forward=False):
+        return request.param == "flash" and q.dtype in DTYPE_CODES
+
+    monkeypatch.setattr(module, "_flashes", flashes)
+    return request.param

@@ -10,7 +10,7 @@ namespace {
 // Sums in registers: 24 of 32, or 12 of 16, and a row of the right side beside them.
 constexpr int kTileRows = kRegisters >= 32 ? 8 : 6, kTileVectors = kRegisters >= 32 ? 3 : 2;
 constexpr int64_t kTileColumns = kTileVectors * kWidth;
-constexpr int64_t kChain = 32;  // products that one chain of sums takes: longer ones round worse
+constexpr int64_t kChain = 256;  // products that one chain of sums takes: longer ones round worse
 
 template <class T>
 void load_as(const T* from, float* to, int64_t n) {
@@ -22,12 +22,12 @@ void store_as(const float* from, T* to, int64_t n) {
 }
 
 // out[r, c] (+)= sum over k of a[r * sr + k * sk] * b[k, c], of kTileRows rows and NV vectors.
-template <int NV>
+template <int NV, int64_t chain = kChain>
 __attribute__((noinline)) void tile(const float* a, int64_t sr, int64_t sk, const float* b, int64_t k,
                                     float* out, int64_t so, bool fresh) {
   for (int64_t i = 0; i < k;) {
     F sums[kTileRows][NV] = {};
-    for (const int64_t stop = min_of(i + kChain, k); i < stop; ++i) {
+    for (const int64_t stop = min_of(i + chain, k); i < stop; ++i) {
       F row[NV];
 #pragma GCC unroll 4
       for (int n = 0; n < NV; ++n) row[n] = at(b + (i * NV + n) * kWidth);
@@ -49,8 +49,9 @@ __attribute__((noinline)) void tile(const float* a, int64_t sr, int64_t sk, cons
   }
 }
 
-inline decltype(&tile<1>) tile_of(int64_t vectors) {
-  return vectors == 1 ? tile<1> : vectors == 2 ? tile<2> : tile<kTileVectors>;
+template <int64_t chain = kChain>
+decltype(&tile<1, chain>) tile_of(int64_t vectors) {
+  return vectors == 1 ? tile<1, chain> : vectors == 2 ? tile<2, chain> : tile<kTileVectors, chain>;
 }
 
 // Columns in blocks of at most kTileVectors vectors, all of nearly one width.

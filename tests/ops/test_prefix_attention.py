@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedpeft import ops
+from fusedpeft.ops.native import native
 from fusedpeft.ops.prefix_attention import choose_impl
 
 # the file: the package's attribute of that name is the function
@@ -82,6 +83,7 @@ def compare(tensors, weights=(1.0, 0.0), **kw):
     return got
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
@@ -102,12 +104,14 @@ def test_against_float64(sizes, causal, dtype):
     compare(make(**sizes, dtype=dtype), causal=causal)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [1, 7, 130, 1000])
 def test_a_window_hides_far_keys_and_never_the_prefix(window, causal):
     compare(make(t=200, s=263), causal=causal, window=window)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", ["shared", "row", "table"])
 def test_every_form_of_prefix(prefix, dtype):
@@ -126,6 +130,7 @@ def test_an_id_of_minus_one_is_plain_attention():
     torch.testing.assert_close(want, plain)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("p", [0, 19])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lead", [(1, 1), (2, 1), (1, 4), (2, 4)], ids=str)
@@ -142,6 +147,7 @@ def test_masks_and_rows_that_see_no_key(lead, causal, p):
     compare(tensors, mask=mask, causal=causal, window=20)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prefix", ["shared", "row", "table"])
 def test_packed_sequences(prefix, dtype):
@@ -154,6 +160,7 @@ def test_packed_sequences(prefix, dtype):
         compare(tensors, cu_seqlens=cu, **kw, **more)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 1.0)])
 def test_the_logsumexp_is_differentiable(weights):
     mask = torch.zeros(1, 1, 37, 37)
@@ -188,6 +195,7 @@ def test_compiled_equals_eager_with_gradients():
         torch.testing.assert_close(e, c)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_two_runs_give_the_same_bits(threads):
     before = torch.get_num_threads()
@@ -199,6 +207,22 @@ def test_two_runs_give_the_same_bits(threads):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_the_bits_do_not_depend_on_the_threads():
+    if native is None:
+        pytest.skip("fusedpeft._C is not built")
+    tensors, before = make(b=3, h=6, hkv=3, t=100, s=130), torch.get_num_threads()
+    try:
+        got = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            got.append(run(ops.prefix_attention, tensors, impl="flash"))
+    finally:
+        torch.set_num_threads(before)
+    for other in got[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got[0], other, strict=True))
+
+
+@pytest.mark.usefixtures("prefix_attention_by")
 def test_gradients_only_where_they_are_needed():
     tensors = make()
     want = run(ops.prefix_attention, tensors)[2:]
@@ -212,6 +236,7 @@ def test_gradients_only_where_they_are_needed():
         torch.testing.assert_close(leaves[i].grad, full)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 def test_any_strides():
     tensors = make(t=50, s=60)
     want = run(ops.prefix_attention, tensors)
@@ -242,6 +267,7 @@ def test_saved_are_the_inputs_out_and_the_logsumexp():
     assert sorted(t.numel() for t in own) == [2 * 4 * 37, 2 * 4 * 37 * 32]
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize(
     "sizes", [dict(b=0), dict(t=0), dict(t=0, s=0), dict(t=0, s=0, p=0)], ids=str
 )
@@ -358,6 +384,7 @@ def test_the_choice_of_implementation():
     assert torch.autograd.grad(out.sum(), given)[3].shape == PK.shape
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("T", [4, 300])
@@ -374,6 +401,7 @@ def test_a_scale_that_is_not_positive(T, causal, scale):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**70])
 @pytest.mark.parametrize("T", [1, 5])
 def test_a_window_wider_than_any_number_of_keys_hides_none(T, window):

@@ -60,6 +60,7 @@ def gradients(op, tensors, **kw):
     return torch.autograd.grad(loss, leaves)
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["causal", "far", "masked", "packed", "row"])
 def test_several_blocks_of_wide_groups(form, dtype, two_threads, check_accuracy, monkeypatch):
@@ -94,6 +95,7 @@ def test_several_blocks_of_wide_groups(form, dtype, two_threads, check_accuracy,
         assert got[1][:, :, : s - t - 8].count_nonzero() == 0
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [(8, 8), (16, 4)], ids=str)
 def test_training_takes_a_quarter_of_the_memory_of_a_concatenation(heads, dtype, two_threads):
@@ -120,6 +122,7 @@ def test_training_takes_a_quarter_of_the_memory_of_a_concatenation(heads, dtype,
     assert ours <= 0.25 * floor, f"{ours / 2**20:.2f} MiB of {floor / 2**20:.2f}"
 
 
+@pytest.mark.usefixtures("prefix_attention_by")
 def test_a_prefix_alone_costs_no_gradient_of_keys():
     """Without them dq, dk and dv are not made."""
     B, H, T, D, P = 4, 4, 400, 64, 16
