@@ -13,8 +13,9 @@ class Linear(nn.Linear):
     in decode the time is the frozen products'."""
 
     def forward(self, input: Tensor) -> Tensor:
-        y = few_rows(input, self.weight, self.bias)
-        return F.linear(input, self.weight, self.bias) if y is None else y
+        weight, bias = self.weight, self.bias  # a look-up each
+        y = few_rows(input, weight, bias)
+        return F.linear(input, weight, bias) if y is None else y
 
 
 PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward)  # what W and bias alone tell

@@ -18,15 +18,17 @@ def few_rows(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
 
     x [*, K], w [N, K], bias [N] of one dtype (fp32, bf16, fp16). Returns [*, N].
     """
-    if native is None or not x.is_cpu or not is_plain((x, w) if bias is None else (x, w, bias)):
+    if native is None or not x.is_cpu or w.ndim != 2:
         return None
-    (n, k), dtype = w.shape, x.dtype
+    (n, k), dtype, count = w.shape, x.dtype, x.numel()
+    if count > MAX_DECODE_TOKENS * k or (n * k < _LEAST and dtype == torch.float32):
+        return None  # before all that takes longer to ask
     if not (
-        0 < x.numel() <= MAX_DECODE_TOKENS * k
+        count > 0
         and x.shape[-1] == k
         and dtype == w.dtype
         and dtype in DTYPE_CODES
-        and (dtype != torch.float32 or n * k >= _LEAST)
+        and is_plain((x, w) if bias is None else (x, w, bias))
         and w.is_cpu
         and w.stride()[1] == 1
         and x.is_contiguous()
@@ -38,7 +40,7 @@ def few_rows(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
         x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return None
-    m, y = x.numel() // k, x.new_empty(*x.shape[:-1], n)
+    m, y = count // k, x.new_empty(*x.shape[:-1], n)
     torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.linear(
         x.data_ptr(), w.data_ptr(), 0 if bias is None else bias.data_ptr(), y.data_ptr(),
