@@ -143,7 +143,12 @@ def test_a_router_whose_weight_has_another_name_or_stands_in_the_text_part(given
 
 
 def test_losses_of_routers_that_are_not_known_are_refused(given):
-    model = fp.fuse_loss(build("SwitchTransformersForConditionalGeneration", **SWITCH))
+    model = build("SwitchTransformersForConditionalGeneration", **SWITCH)
+    try:
+        model(**given, output_router_logits=True)
+    except ValueError as error:
+        pytest.skip(f"this transformers' own Switch gives no router logits: {error}")
+    fp.fuse_loss(model)
     assert model(**given).logits is None
     with pytest.raises(InputError, match=r"adds \['encoder_z_loss', .*\] to its loss"):
         model(**given, output_router_logits=True)
