@@ -238,10 +238,10 @@ void adapter_train(const AdapterTrain& a) {
 }
 
 int64_t prefix_train_floats(int64_t p, int64_t s, int64_t d, bool backward) {
-  constexpr int64_t keys = 48, queries = 48, vector = 16;  // at most, of any instruction set
+  constexpr int64_t widest = 16;  // floats of a vector, of any instruction set
   const auto up = [](int64_t n, int64_t step) { return (n + step - 1) / step * step; };
-  const int64_t dp = up(d, vector), all = (up(p, keys) + up(s, keys)) * dp;
-  const int64_t some = queries * dp, square = queries * keys;
+  const int64_t dp = up(d, widest), all = (up(p, kBlockKeys) + up(s, kBlockKeys)) * dp;
+  const int64_t some = kBlockQueries * dp, square = kBlockQueries * kBlockKeys;
   return backward ? 6 * all + 5 * some + 2 * square : 2 * all + 2 * some + square;
 }
 

@@ -80,6 +80,9 @@ struct Dropout {
 };
 
 constexpr int64_t kMaxTokens = 64;  // of one call
+
+// Of a block in prefix_train.h: multiples of every kTileRows and kWidth.
+constexpr int64_t kBlockQueries = 48, kBlockKeys = 48;
 struct PrefixItem {  // queries of `count` requests against keys begin..end that all of them see
   int64_t slot;      // whose prefix; -1: the keys of members[0] itself
   const int64_t* members;

@@ -1,9 +1,8 @@
 // Attention of many queries over a prefix and keys, and its gradients; fp32 inside. Included by one
 // file for each instruction set.
 //
-// Keys go in blocks of kKeys, packed once for all queries of a row and head as the products want
-// them, the prefix's blocks first; queries in blocks of kQueries, each against the blocks that one of
-// them sees. Forward keeps a running maximum and sum. Backward has P again from the logsumexp:
+// Keys go in blocks, packed once for all queries of a row and head as the products want them, the
+// prefix's blocks first; queries in blocks too, each against the blocks that one of them sees. Forward keeps a running maximum and sum. Backward has P again from the logsumexp:
 //   dV += P^T dO, dP = dO V^T, dS = P (dP - delta), dQ += dS K, dK += dS^T Q,  delta = dO . O - dlse
 // A thread has heads of k of its own, and of a head all rows in their order: no two add to the same
 // gradient, and no sum depends on the threads. (Dao 2023, "FlashAttention-2", section 3.1.)
@@ -14,7 +13,6 @@
 namespace fusedpeft::cpu {
 namespace {
 
-constexpr int64_t kQueries = 48, kKeys = 48;  // multiples of every kTileRows and kWidth
 constexpr int64_t kShort = 32;  // products of a chain: exp makes much of what scores lose
 constexpr float kNone = -__builtin_inff();
 
@@ -41,12 +39,12 @@ inline void product(const Packed& b, const float* a, int64_t sr, int64_t sk, int
 template <class T>
 struct PrefixTrainCall {
   const PrefixTrain& a;
-  const Columns of_d, of_keys{kKeys};
+  const Columns of_d, of_keys{kBlockKeys};
   const int64_t dp, blocks_of_prefix, blocks;  // dp: d with its zeros
   float *kt, *v, *vt, *k, *dk, *dv;            // blocks: packed K^T, V, V^T, K; [keys, dp]
   float *q, *o, *packed_q, *packed_o, *s, *ds, *dq;  // of a block of queries
 
-  static int64_t blocks_for(int64_t keys) { return ceil_div(keys, kKeys); }
+  static int64_t blocks_for(int64_t keys) { return ceil_div(keys, kBlockKeys); }
 
   PrefixTrainCall(const PrefixTrain& a, int64_t thread)
       : a(a), of_d(a.d), dp(of_d.padded()), blocks_of_prefix(blocks_for(a.p)),
@@ -57,7 +55,8 @@ struct PrefixTrainCall {
       at += n;
       return own;
     };
-    const int64_t all = blocks * kKeys * dp, some = kQueries * dp, square = kQueries * kKeys;
+    const int64_t all = blocks * kBlockKeys * dp, some = kBlockQueries * dp;
+    const int64_t square = kBlockQueries * kBlockKeys;
     kt = take(all), v = take(all), q = take(some), o = take(some), s = take(square);
     if (!a.dout.data) return;
     vt = take(all), k = take(all), dk = take(all), dv = take(all);
@@ -80,19 +79,18 @@ struct PrefixTrainCall {
 
   Packed rows_packed(float* data, int64_t rows) const { return {data, rows, of_d}; }
   Packed keys_packed(float* data) const { return {data, a.d, of_keys}; }
-  float* block(float* of, int64_t j) const { return of + j * kKeys * dp; }
-  float* rows_of(float* of, int64_t j) const { return of + j * kKeys * dp; }
+  float* block(float* of, int64_t j) const { return of + j * kBlockKeys * dp; }
 
   // Blocks first.. of `count` keys.
   void pack(const Keys& of_k, const Keys& of_v, int64_t b, int64_t h, int64_t count, int64_t first) {
-    for (int64_t at = 0; at < count; at += kKeys, ++first) {
-      const int64_t n = min_of(kKeys, count - at);
+    for (int64_t at = 0; at < count; at += kBlockKeys, ++first) {
+      const int64_t n = min_of(kBlockKeys, count - at);
       const auto side = [&](const Keys& of, float* columns, float* rows) {
-        load(of, b, h, at, n, kKeys, q);  // q: nobody's yet
-        for (int64_t c = 0; columns && c < kKeys; c += kWidth)
+        load(of, b, h, at, n, kBlockKeys, q);  // q: nobody's yet
+        for (int64_t c = 0; columns && c < kBlockKeys; c += kWidth)
           keys_packed(block(columns, first)).put_columns(c, q + c * dp, dp);
-        for (int64_t r = 0; rows && r < kKeys; ++r)
-          rows_packed(block(rows, first), kKeys).put_row(r, q + r * dp);
+        for (int64_t r = 0; rows && r < kBlockKeys; ++r)
+          rows_packed(block(rows, first), kBlockKeys).put_row(r, q + r * dp);
       };
       side(of_k, kt, a.dout.data ? k : nullptr);
       side(of_v, a.dout.data ? vt : nullptr, a.dout.data ? nullptr : v);
@@ -106,23 +104,23 @@ struct PrefixTrainCall {
     *high = a.causal ? last + 1 : a.window ? min_of(a.s, last + a.window) : a.s;
   }
 
-  // Calls fn(block, its keys) for all that a query of first..last sees, and hides in s what one of
-  // them does not see, when fn asks for it by hide().
+  // Calls fn(block, its keys, the first of them or -1 for the prefix's) for all that a query of
+  // first..last sees.
   template <class Fn>
   void each_block(bool prefix, bool keys, int64_t first, int64_t last, Fn fn) const {
     for (int64_t j = 0; prefix && j < blocks_of_prefix; ++j)
-      fn(j, min_of(kKeys, a.p - j * kKeys), int64_t{-1});
+      fn(j, min_of(kBlockKeys, a.p - j * kBlockKeys), int64_t{-1});
     int64_t low, high;
     seen(first, last, &low, &high);
-    for (int64_t at = low / kKeys * kKeys; keys && at < high; at += kKeys)
-      fn(blocks_of_prefix + at / kKeys, min_of(kKeys, a.s - at), at);
+    for (int64_t at = low / kBlockKeys * kBlockKeys; keys && at < high; at += kBlockKeys)
+      fn(blocks_of_prefix + at / kBlockKeys, min_of(kBlockKeys, a.s - at), at);
   }
 
   // s of queries first.. (rows of them) against `count` keys from `at` on (-1: of the prefix): the
   // mask added, and -inf for what is not seen.
   void hide(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t count, int64_t at) const {
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = s + r * kKeys;
+      float* row = s + r * kBlockKeys;
       int64_t low = 0, high = count;
       if (at >= 0) {
         if (a.mask) {
@@ -132,8 +130,8 @@ struct PrefixTrainCall {
         seen(first + r, first + r, &low, &high);
         low -= at, high = min_of(high - at, count);
       }
-      for (int64_t c = 0; c < min_of(low, kKeys); ++c) row[c] = kNone;
-      for (int64_t c = high < 0 ? 0 : high; c < kKeys; ++c) row[c] = kNone;
+      for (int64_t c = 0; c < min_of(low, kBlockKeys); ++c) row[c] = kNone;
+      for (int64_t c = high < 0 ? 0 : high; c < kBlockKeys; ++c) row[c] = kNone;
     }
   }
 
@@ -144,24 +142,24 @@ struct PrefixTrainCall {
     if (id >= 0) pack(a.pk, a.pv, id, of_k, a.p, 0);
     pack(a.k, a.v, b, of_k, a.s, blocks_of_prefix);
     for (int64_t h = of_k * group; h < (of_k + 1) * group; ++h)
-      for (int64_t t = 0; t < a.t; t += kQueries)
-        forward_block(b, h, t, min_of(kQueries, a.t - t), id >= 0);
+      for (int64_t t = 0; t < a.t; t += kBlockQueries)
+        forward_block(b, h, t, min_of(kBlockQueries, a.t - t), id >= 0);
   }
 
   void forward_block(int64_t b, int64_t h, int64_t t, int64_t rows, bool prefix) {
-    float most[kQueries];
-    F total[kQueries] = {};
+    float most[kBlockQueries];
+    F total[kBlockQueries] = {};
     bool fresh = true;
-    load(a.q, b, h, t, rows, kQueries, q);
-    for (int64_t i = 0; i < kQueries * dp; i += kWidth) put(a.scale * at(q + i), q + i);
+    load(a.q, b, h, t, rows, kBlockQueries, q);
+    for (int64_t i = 0; i < kBlockQueries * dp; i += kWidth) put(a.scale * at(q + i), q + i);
     for (float& one : most) one = kNone;
     each_block(prefix, true, t, t + rows - 1, [&](int64_t j, int64_t count, int64_t first) {
-      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kKeys, true);
+      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true);
       hide(b, h, t, rows, count, first);
       for (int64_t r = 0; r < rows; ++r) {
-        float* row = s + r * kKeys;
+        float* row = s + r * kBlockKeys;
         F high = at(row);
-        for (int64_t c = kWidth; c < kKeys; c += kWidth) high = larger(at(row + c), high);
+        for (int64_t c = kWidth; c < kBlockKeys; c += kWidth) high = larger(at(row + c), high);
         const float before = most[r], now = largest(high) > before ? largest(high) : before;
         const float shift = now == kNone ? 0 : now;
         most[r] = now;
@@ -171,13 +169,13 @@ struct PrefixTrainCall {
           for (int64_t i = 0; !fresh && i < dp; i += kWidth)
             put(at(o + r * dp + i) * rate, o + r * dp + i);
         }
-        for (int64_t c = 0; c < kKeys; c += kWidth) {
+        for (int64_t c = 0; c < kBlockKeys; c += kWidth) {
           const F p = exp_of(at(row + c) - shift);
           total[r] += p;
           put(p, row + c);
         }
       }
-      product(rows_packed(block(v, j), kKeys), s, kKeys, 1, rows, o, dp, fresh);
+      product(rows_packed(block(v, j), kBlockKeys), s, kBlockKeys, 1, rows, o, dp, fresh);
       fresh = false;
     });
     for (int64_t r = 0; r < rows; ++r) {
@@ -208,18 +206,18 @@ struct PrefixTrainCall {
         clear(blocks_of_prefix, blocks);
       }
       for (int64_t h = of_k * group; h < (of_k + 1) * group; ++h)
-        for (int64_t t = 0; t < a.t; t += kQueries)
-          backward_block(b, h, t, min_of(kQueries, a.t - t), id >= 0);
+        for (int64_t t = 0; t < a.t; t += kBlockQueries)
+          backward_block(b, h, t, min_of(kBlockQueries, a.t - t), id >= 0);
       for (int64_t i = 0; a.dq.data && i < a.s; ++i) {
-        store_as(rows_of(dk, blocks_of_prefix) + i * dp, place(a.dk, b, of_k, i), a.d);
-        store_as(rows_of(dv, blocks_of_prefix) + i * dp, place(a.dv, b, of_k, i), a.d);
+        store_as(block(dk, blocks_of_prefix) + i * dp, place(a.dk, b, of_k, i), a.d);
+        store_as(block(dv, blocks_of_prefix) + i * dp, place(a.dv, b, of_k, i), a.d);
       }
     }
     add_prefix(packed, of_k);
   }
 
   void clear(int64_t from, int64_t to) const {
-    for (int64_t i = from * kKeys * dp; i < to * kKeys * dp; ++i) dk[i] = dv[i] = 0;
+    for (int64_t i = from * kBlockKeys * dp; i < to * kBlockKeys * dp; ++i) dk[i] = dv[i] = 0;
   }
 
   void add_prefix(int64_t id, int64_t of_k) const {
@@ -233,9 +231,9 @@ struct PrefixTrainCall {
   }
 
   void backward_block(int64_t b, int64_t h, int64_t t, int64_t rows, bool prefix) {
-    float lse[kQueries], delta[kQueries];
-    load(a.out, b, h, t, rows, kQueries, q);
-    load(a.dout, b, h, t, rows, kQueries, o);
+    float lse[kBlockQueries], delta[kBlockQueries];
+    load(a.out, b, h, t, rows, kBlockQueries, q);
+    load(a.dout, b, h, t, rows, kBlockQueries, o);
     const Packed by_q = rows_packed(packed_q, rows), by_o = rows_packed(packed_o, rows);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t query = (b * a.h + h) * a.t + t + r;
@@ -246,27 +244,28 @@ struct PrefixTrainCall {
       lse[r] = a.lse[query] == kNone ? 0 : a.lse[query];
       by_o.put_row(r, o + r * dp);
     }
-    load(a.q, b, h, t, rows, kQueries, q);
+    load(a.q, b, h, t, rows, kBlockQueries, q);
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t i = 0; i < dp; i += kWidth) put(a.scale * at(q + r * dp + i), q + r * dp + i);
       by_q.put_row(r, q + r * dp);
     }
     bool fresh = true;
     each_block(prefix, a.dq.data, t, t + rows - 1, [&](int64_t j, int64_t count, int64_t first) {
-      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kKeys, true);
-      product(keys_packed(block(vt, j)), o, dp, 1, rows, ds, kKeys, true);
+      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true);
+      product(keys_packed(block(vt, j)), o, dp, 1, rows, ds, kBlockKeys, true);
       hide(b, h, t, rows, count, first);
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = r * kKeys; i < (r + 1) * kKeys; i += kWidth) {
+        for (int64_t i = r * kBlockKeys; i < (r + 1) * kBlockKeys; i += kWidth) {
           const F p = exp_of(at(s + i) - lse[r]);
           put(p, s + i);
           put(p * (at(ds + i) - delta[r]), ds + i);
         }
       if (first >= 0 || a.dpk) {
-        product(by_o, s, 1, kKeys, kKeys, rows_of(dv, j), dp, false);
-        product(by_q, ds, 1, kKeys, kKeys, rows_of(dk, j), dp, false);
+        product(by_o, s, 1, kBlockKeys, kBlockKeys, block(dv, j), dp, false);
+        product(by_q, ds, 1, kBlockKeys, kBlockKeys, block(dk, j), dp, false);
       }
-      if (a.dq.data) product(rows_packed(block(k, j), kKeys), ds, kKeys, 1, rows, dq, dp, fresh);
+      if (a.dq.data)
+        product(rows_packed(block(k, j), kBlockKeys), ds, kBlockKeys, 1, rows, dq, dp, fresh);
       fresh = false;
     });
     for (int64_t r = 0; a.dq.data && r < rows; ++r) {

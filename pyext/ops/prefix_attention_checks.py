@@ -94,15 +94,12 @@ def decodes(q, k, v, pk, pv, causal: bool, mask, cu) -> bool:
 
 
 def flash_ok(q: Tensor, k: Tensor) -> bool:
-    """Whether the C++ kernel for many queries takes them and has work for every thread: each has
-    heads of k of its own."""
+    """Whether the C++ kernel for many queries takes what `check` has passed, with work for every
+    thread: each has heads of k of its own."""
     return (
         native is not None
-        and isinstance(q, Tensor)
-        and isinstance(k, Tensor)
         and q.is_cpu
         and q.dtype in DTYPE_CODES
-        and k.ndim == 4
         and k.shape[1] >= torch.get_num_threads()
     )
 
