@@ -105,6 +105,27 @@ void linear(Address x, Address w, Address bias, Address y, int64_t m, int64_t k,
   cpu::linear(pointer(x), pointer(w), pointer(bias), pointer(y), m, k, n, sx, sw, n, dtype);
 }
 
+void rms_norm(Address x, Address weight, Address dy, Address out, int64_t m, int64_t d, double eps,
+              double offset, int dtype) {
+  check_matrix("x", x, m, d, d);
+  check_matrix("weight", weight, 1, d, d);
+  check_matrix("out", out, m, d, d);
+  py::gil_scoped_release release;
+  cpu::rms_norm({pointer(x), pointer(weight), pointer(dy), pointer(out), m, d,
+                 static_cast<float>(eps), static_cast<float>(offset), dtype});
+}
+
+void gated(Address gate, Address up, Address dy, Address out, Address dup, int64_t count,
+           int activation, int dtype) {
+  check_matrix("gate", gate, 1, count, count);
+  check_matrix("up", up, 1, count, count);
+  check_matrix("out", out, 1, count, count);
+  check(!dy || dup, "dup: expected an address beside dy, got null");
+  py::gil_scoped_release release;
+  cpu::gated({pointer(gate), pointer(up), pointer(dy), pointer(out), pointer(dup), count, activation,
+              dtype});
+}
+
 void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype) {
   check_matrix("x", x, rows, cols, sx);
@@ -383,6 +404,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_lora", &multi_lora,
         "y = x Wᵀ + bias on a CPU, and of each row its own slot's scale · B (A x).");
   m.def("linear", &linear, "y = x Wᵀ + bias on a CPU, for up to 64 rows.");
+  m.def("rms_norm", &rms_norm, "RMSNorm of rows on a CPU, or with dy the gradient of x.");
+  m.def("gated", &gated, "act(gate) · up on a CPU, or with dy the gradients of both.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
   m.def("prefix_train", &prefix_train,

@@ -83,6 +83,7 @@ inline void put(F v, Float16* p) {
 #include "adapter_train.h"
 #include "decode.h"
 #include "dropout.h"
+#include "elementwise.h"
 #include "multi_lora.h"
 #include "prefix_decode.h"
 #include "prefix_train.h"
@@ -96,6 +97,8 @@ void decode(const Decode& d) { decode_any(d); }
 void decode_quantised(const Decode& d, const Quantised& w) { decode_quantised_any(d, w); }
 void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
+void gated(const Gated& a) { gated_any(a); }
+void rms_norm(const RmsNorm& a) { rms_norm_any(a); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void prefix_train(const PrefixTrain& a) { prefix_train_any(a); }
 void multi_lora(const MultiLora& d) { multi_any(d); }

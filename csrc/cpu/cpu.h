@@ -85,6 +85,28 @@ struct AdapterTrain {
 // Throws std::invalid_argument for other codes or sizes, before anything is written.
 void adapter_train(const AdapterTrain& a);
 
+// Each row of out[m,d] = x / sqrt(mean(x^2) + eps) * (weight + offset), or with dy the gradient of x.
+struct RmsNorm {
+  const void *x, *weight, *dy;  // dy null: forward; everything of dtype and contiguous
+  void* out;
+  int64_t m, d;
+  float eps, offset;
+  int dtype;
+};
+// Throws std::invalid_argument for other codes or sizes, before anything is written.
+void rms_norm(const RmsNorm& a);
+
+// out[count] = act(gate) * up, or with dy the gradients: of gate in out, of up in dup. Everything is
+// of dtype; the activation is kGelu, kGeluTanh or kSilu.
+struct Gated {
+  const void *gate, *up, *dy;
+  void *out, *dup;
+  int64_t count;
+  int activation, dtype;
+};
+// Throws as rms_norm does.
+void gated(const Gated& a);
+
 // y[m,n] = x[m,k] w[n,k]^T + bias[n], and of each row its own adapter's scale * B (A x): that of
 // slots[m] (-1: none), part by part of n. The adapters lie as LoRASlots says (pyext/ops/slots.py).
 struct LoraSlots {

@@ -25,6 +25,8 @@ struct Level {
   void (*prefix_train)(const PrefixTrain&);
   void (*dequantise)(const Dequantise&);
   void (*decode_quantised)(const Decode&, const Quantised&);
+  void (*rms_norm)(const RmsNorm&);
+  void (*gated)(const Gated&);
 };
 
 #if defined(__x86_64__)
@@ -64,24 +66,26 @@ const Level* levels(int* count) {
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_tiles, adapter_train_in_tiles, avx512::prefix_train, avx512::dequantise,
-       decode_quantised_in_tiles},
+       decode_quantised_in_tiles, avx512::rms_norm, avx512::gated},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_bf16, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
-       avx512::decode_quantised},
+       avx512::decode_quantised, avx512::rms_norm, avx512::gated},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
        avx512::multi_lora, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
-       avx512::decode_quantised},
+       avx512::decode_quantised, avx512::rms_norm, avx512::gated},
       {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
        avx2::multi_lora, avx2::adapter_train, avx2::prefix_train, avx2::dequantise,
-       avx2::decode_quantised},
+       avx2::decode_quantised, avx2::rms_norm, avx2::gated},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
        portable::prefix_decode, portable::multi_lora, portable::adapter_train,
-       portable::prefix_train, portable::dequantise, portable::decode_quantised}};
+       portable::prefix_train, portable::dequantise, portable::decode_quantised,
+       portable::rms_norm, portable::gated}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
                                portable::dropout, portable::prefix_decode, portable::multi_lora,
                                portable::adapter_train, portable::prefix_train,
-                               portable::dequantise, portable::decode_quantised}};
+                               portable::dequantise, portable::decode_quantised,
+                               portable::rms_norm, portable::gated}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -253,6 +257,21 @@ void prefix_train(const PrefixTrain& a) {
   check(a.d >= 1, "d: expected >= 1", a.d);
   check(a.threads >= 1, "threads: expected >= 1", a.threads);
   level().prefix_train(a);
+}
+
+void rms_norm(const RmsNorm& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.m >= 0, "m: expected >= 0", a.m);
+  check(a.d >= 1, "d: expected >= 1", a.d);
+  level().rms_norm(a);
+}
+
+void gated(const Gated& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.activation == kGelu || a.activation == kGeluTanh || a.activation == kSilu,
+        "activation: expected 1, 2 or 3", a.activation);
+  check(a.count >= 0, "count: expected >= 0", a.count);
+  level().gated(a);
 }
 
 void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,

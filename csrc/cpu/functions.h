@@ -87,9 +87,11 @@ FUSEDPEFT_INLINE F slope_of(int kind, F v) {
     case kRelu: return v > 0.0f ? all(1.0f) : F{};
     case kGelu: return fma(v * 0.39894228f, exp_of(-0.5f * v * v), normal_of(v));
     case kGeluTanh: {
-      const F square = v * v, t = tanh_of(kRoot * fma(kCubic * square, v, v));
+      const F square = v * v, root = kRoot * fma(kCubic * square, v, v);
       const F inner = kRoot * fma(square, all(3.0f * kCubic), all(1.0f));
-      return 0.5f * (1.0f + t) + 0.5f * v * (1.0f - t * t) * inner;
+      const F power = exp_of(-2.0f * abs_of(root)), whole = 1.0f / (1.0f + power);
+      const F curve = 4.0f * power * whole * whole;  // 1 - tanh^2, which rounds far from 0
+      return 0.5f * (1.0f + tanh_of(root)) + 0.5f * v * curve * inner;
     }
     case kSilu: {
       const F s = sigmoid_of(v);

@@ -117,8 +117,10 @@ void decode_quantised(const Decode& d, const Quantised& w);
 void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
+void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
+void rms_norm(const RmsNorm& a);
 }  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
@@ -129,8 +131,10 @@ void decode_quantised(const Decode& d, const Quantised& w);
 void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
+void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
+void rms_norm(const RmsNorm& a);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
@@ -140,8 +144,10 @@ void decode_quantised(const Decode& d, const Quantised& w);
 void dequantise(const Dequantise& d);
 void multi_lora(const MultiLora& d);
 void dropout(const Dropout& d);
+void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
+void rms_norm(const RmsNorm& a);
 }  // namespace avx512
 namespace avx512_bf16 {
 void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's

@@ -1,10 +1,12 @@
-"""The plain linears of a model that carries adapters."""
+"""The frozen modules of a model that carries adapters: its plain linears, and in elementwise.py what
+stands between them."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fusedpeft.layers.elementwise import faster, is_faster
 from fusedpeft.ops.linear_cpu import few_rows
 
 
@@ -22,13 +24,15 @@ PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward)  # what W and bias alone te
 
 
 def hasten(model: nn.Module) -> None:
-    """The plain linears become ours, in place: parameters, hooks and names stay as they are."""
+    """The frozen modules become ours, in place: parameters, hooks and names stay as they are."""
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in module.__dict__:
-            module.__class__ = Linear
+        kind = type(module)
+        made = Linear if kind is nn.Linear else faster(kind)
+        if made is not None and "forward" not in module.__dict__:
+            module.__class__ = made
 
 
 def restore(model: nn.Module) -> None:
     for module in model.modules():
-        if type(module) is Linear:
-            module.__class__ = nn.Linear
+        if type(module) is Linear or is_faster(module):
+            module.__class__ = type(module).__bases__[0]

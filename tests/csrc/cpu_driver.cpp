@@ -57,6 +57,51 @@ void drop(int64_t rows, int64_t cols, int dtype, int gap) {
     std::printf("dropout %ldx%ld: kept %ld\n", rows, cols, kept);
 }
 
+void norm(int64_t m, int64_t d, int dtype, bool backward) {
+  std::mt19937 random(3);
+  Matrix x(m, d, 0, dtype), w(1, d, 0, dtype), dy(m, d, 0, dtype), out(m, d, 0, dtype);
+  for (Matrix* t : {&x, &w, &dy, &out}) t->fill(random);
+  rms_norm({x.bytes.get(), w.bytes.get(), backward ? dy.bytes.get() : nullptr, out.bytes.get(), m, d,
+            0.5f, 1.0f, dtype});
+  for (int64_t i = 0; i < m; ++i) {
+    double squares = 0, products = 0, size = 0;
+    for (int64_t j = 0; j < d; ++j) {
+      const double term = x(i, j) * (w(0, j) + 1) * dy(i, j);
+      squares += x(i, j) * x(i, j), products += term, size += std::fabs(term);
+    }
+    const double r = 1 / std::sqrt(squares / d + 0.5);
+    for (int64_t j = 0; j < d; ++j) {
+      const double v = w(0, j) + 1, far = x(i, j) * r * r / d;
+      const double want = backward ? r * (v * dy(i, j) - far * products) : x(i, j) * r * v;
+      const double room = step_of(dtype) * std::fabs(want) + 1e-6 * (1 + (backward ? size * std::fabs(far) : 0));
+      if (!(std::fabs(out(i, j) - want) <= room + 4e-7 * std::fabs(want) * (dtype == 0)) &&
+          failures++ < 5)
+        std::printf("rms_norm %ldx%ld dtype %d dy %d [%ld,%ld]: expected %g, got %g\n", m, d, dtype,
+                    backward, i, j, want, out(i, j));
+    }
+  }
+}
+
+void gate(int64_t count, int dtype, bool backward) {
+  std::mt19937 random(4);
+  Matrix g(1, count, 0, dtype), u(1, count, 0, dtype), dy(1, count, 0, dtype),
+      out(1, count, 0, dtype), dup(1, count, 0, dtype);
+  for (Matrix* t : {&g, &u, &dy, &out, &dup}) t->fill(random);
+  gated({g.bytes.get(), u.bytes.get(), backward ? dy.bytes.get() : nullptr, out.bytes.get(),
+         dup.bytes.get(), count, kSilu, dtype});
+  const auto near = [&](double got, double want) {
+    return std::fabs(got - want) <= step_of(dtype) * std::fabs(want) + 2e-6;
+  };
+  for (int64_t j = 0; j < count; ++j) {
+    const double s = 1 / (1 + std::exp(-g(0, j))), silu = g(0, j) * s;
+    const double want = backward ? dy(0, j) * u(0, j) * s * (1 + g(0, j) * (1 - s)) : silu * u(0, j);
+    if ((!near(out(0, j), want) || (backward && !near(dup(0, j), silu * dy(0, j)))) &&
+        failures++ < 5)
+      std::printf("gated %ld dtype %d dy %d [%ld]: expected %g, got %g\n", count, dtype, backward, j,
+                  want, out(0, j));
+  }
+}
+
 bool refuses(int64_t m, int64_t r, int dtype, int adapter) {
   float v[4] = {};
   try {
@@ -88,6 +133,10 @@ int main() {
   for (int dtype : {0, 1, 2}) {
     drop(0, 5, dtype, 0), drop(1, 1, dtype, 0), drop(3, 63, dtype, 1), drop(40, 1000, dtype, 3);
     drop(2, 64, dtype, 0);
+    for (bool backward : {false, true}) {
+      norm(1, 1, dtype, backward), norm(3, 31, dtype, backward), norm(70, 600, dtype, backward);
+      gate(1, dtype, backward), gate(255, dtype, backward), gate(40000, dtype, backward);
+    }
   }
   multi_lora_checks();
   prefix_train_checks();

@@ -25,6 +25,7 @@ F half(const Float16* p);
 #include "cpu/adapter_train.h"
 #include "cpu/decode.h"
 #include "cpu/dropout.h"
+#include "cpu/elementwise.h"
 #include "cpu/multi_lora.h"
 #include "cpu/prefix_decode.h"
 #include "cpu/prefix_train.h"
@@ -160,6 +161,8 @@ void decode_quantised(const Decode& d, const Quantised& w) {
 }
 void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
+void gated(const Gated& a) { gated_any(a); }
+void rms_norm(const RmsNorm& a) { rms_norm_any(a); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void prefix_train(const PrefixTrain& a) { prefix_train_any(a); }
 void multi_lora(const MultiLora& d) {
