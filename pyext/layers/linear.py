@@ -1,5 +1,5 @@
-"""The frozen modules of a model that carries adapters: its plain linears, and in elementwise.py what
-stands between them."""
+"""The frozen modules of a model that carries adapters: its plain linears, and in elementwise.py
+what stands between them."""
 
 from __future__ import annotations
 
