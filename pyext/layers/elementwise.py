@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import cache
 from types import FunctionType
 
-from torch import Tensor, nn
+from torch import nn
 
 from fusedpeft.ops.elementwise_cpu import gated, rms_norm
 
@@ -100,18 +100,18 @@ def _gated_forward(kind: type):
 
     def forward(self, *args, **kwargs):
         activation = gates.get(type(self.act_fn))
-        if activation is None or len(args) != 1 or kwargs or _is_watched(self.act_fn):
+        if activation is None or len(args) != 1 or kwargs or not unhooked(self.act_fn):
             return kind.forward(self, *args, **kwargs)
         gate, up = self.gate_proj(args[0]), self.up_proj(args[0])
-        h: Tensor | None = gated(gate, up, activation)
+        h = gated(gate, up, activation)
         return self.down_proj(self.act_fn(gate) * up if h is None else h)
 
     return forward
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for its call, or its forward is another's."""
-    return bool(
+def unhooked(module: nn.Module) -> bool:
+    """True where calling the module is calling its class's forward and nothing else."""
+    return not (
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks

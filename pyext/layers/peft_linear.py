@@ -10,21 +10,11 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fusedpeft.layers.elementwise import unhooked
 from fusedpeft.ops import lora_linear
 from fusedpeft.ops.arguments import transformed
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
-
-
-def _unhooked(module: nn.Module) -> bool:
-    """True where calling the module is calling its class's forward and nothing else."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -101,7 +91,7 @@ class FusedLinear(lora.Linear):
         if type(base) is not nn.Linear and type(base) is not Conv1D:
             return False  # the base was exchanged after the swap
         weight = base._parameters.get("weight")  # once a layer a token: no nn.Module.__getattr__
-        if type(weight) not in _PLAIN_TENSORS or not _unhooked(base):
+        if type(weight) not in _PLAIN_TENSORS or not unhooked(base):
             return False
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             return False  # PEFT's answer, be it an error
@@ -131,7 +121,7 @@ class FusedLinear(lora.Linear):
                     return False
             elif type(dropout) is not nn.Identity:
                 return False
-            if not (_unhooked(a) and _unhooked(b) and _unhooked(dropout)):
+            if not (unhooked(a) and unhooked(b) and unhooked(dropout)):
                 return False
             variant = self.lora_variant.get(name)
             if variant is not None:
