@@ -232,7 +232,7 @@ def _build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None) -> C
         if name in (*(impls or ALL), floor)
     ]
     grad = spec.what == "step"
-    return Case("methods", spec.name, spec.dtype, device, entries, floor, 1, grad, {})
+    return Case("methods", spec.name, spec.dtype, device, entries, floor, grad=grad, settled=True)
 
 
 def _steps(spec, base, ours, ids, labels) -> tuple[dict, dict]:

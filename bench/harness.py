@@ -7,6 +7,9 @@ neighbour. Cold cache: on a CPU every call takes the next copy of the weights, a
 together exceed twice the last-level cache, as the layers of a model do in decode; on CUDA a buffer
 of several times the L2 is overwritten before each call. Times: perf_counter_ns around a call on a
 CPU, events around it on CUDA. Reported: the median with the 20th and 80th percentile.
+
+A whole model is `settled`: its steps follow its own, as in a training loop. Else a small one pays
+for a large neighbour, after which the allocator has given its pages back to the system.
 """
 
 from __future__ import annotations
@@ -72,6 +75,7 @@ class Case:
     floor: str  # the implementation that `ratio` is taken against
     sets: int = 1
     grad: bool = False  # recorded for autograd, or run as under torch.no_grad()
+    settled: bool = False  # before each timed call one of the same contestant, untimed
     missing: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
 
 
@@ -205,7 +209,9 @@ class Clock:
         self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.times_us: dict[str, list[float]] = {}
 
-    def call(self, name: str, fn: Call) -> None:
+    def call(self, name: str, fn: Call, settled: bool = False) -> None:
+        if settled:
+            fn()
         if not self.cuda:
             start = self.now()
             result = fn()
@@ -267,7 +273,7 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
     def one_round(round_: int) -> None:
         nonlocal turn
         for name in order(names, round_):
-            clock.call(name, calls[name][turn % case.sets])
+            clock.call(name, calls[name][turn % case.sets], case.settled)
             turn += 1
         clock.collect()
 

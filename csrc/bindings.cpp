@@ -24,6 +24,8 @@ using Address = std::uintptr_t;  // Tensor.data_ptr(), or 0 for none
 namespace fusedpeft {
 namespace {
 
+using Strides = std::array<int64_t, 3>;  // of the first three dims; the last has stride 1
+
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
 void lora_decode(Address x, Address w, Address a, Address b, Address bias, Address y, int64_t m,
@@ -126,6 +128,22 @@ void gated(Address gate, Address up, Address dy, Address out, Address dup, int64
               dtype});
 }
 
+void rotary(Address x, Strides sx, Address cos, Strides sc, Address sin, Strides ss, Address out, Strides so,
+            int64_t b, int64_t h, int64_t t, int64_t d, bool backward, int dtype) {
+  check(b * h * t == 0 || (x && cos && sin && out),
+        "x, cos, sin, out: expected addresses, got null");
+  py::gil_scoped_release release;
+  cpu::rotary({pointer(x), pointer(cos), pointer(sin), pointer(out), b, h, t, d, sx[0], sx[1], sx[2],
+               sc[0], sc[2], ss[0], ss[2], so[0], so[1], so[2], backward, dtype});
+}
+
+void softmax(Address z, Address lse, int64_t rows, int64_t cols, bool write) {
+  check_matrix("z", z, rows, cols, cols);
+  check_matrix("lse", lse, 1, rows, rows);
+  py::gil_scoped_release release;
+  cpu::softmax(static_cast<float*>(pointer(z)), static_cast<float*>(pointer(lse)), rows, cols, write);
+}
+
 void dropout(Address x, Address out, int64_t rows, int64_t cols, int64_t sx, int64_t so, double p,
              int64_t seed, int dtype) {
   check_matrix("x", x, rows, cols, sx);
@@ -200,8 +218,6 @@ void adapter_train(Address x, Address residual, const std::array<Address, 6>& of
                       pointer(g[0]), pointer(g[1]), pointer(g[2]), pointer(g[3]), pointer(g[4]),
                       pointer(g[5]), pointer(g[6]), static_cast<float*>(pointer(work)), add_dy});
 }
-
-using Strides = std::array<int64_t, 3>;  // of the first three dims; the last has stride 1
 
 void check_keys(const char* name, Address address, const Strides& strides) {
   for (int64_t stride : strides)
@@ -406,6 +422,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear", &linear, "y = x Wᵀ + bias on a CPU, for up to 64 rows.");
   m.def("rms_norm", &rms_norm, "RMSNorm of rows on a CPU, or with dy the gradient of x.");
   m.def("gated", &gated, "act(gate) · up on a CPU, or with dy the gradients of both.");
+  m.def("rotary", &rotary, "Rotary positions on a CPU, or backward the gradient of x.");
+  m.def("softmax", &softmax, "logsumexp of rows on a CPU, and in their place the softmax.");
   m.def("dropout", &dropout, "out = x · keep / (1 - p) on a CPU.");
   bind_slot_table(m);
   m.def("prefix_train", &prefix_train,

@@ -99,6 +99,8 @@ void dequantise(const Dequantise& d) { dequantise_any(d); }
 void dropout(const Dropout& d) { dropout_any(d); }
 void gated(const Gated& a) { gated_any(a); }
 void rms_norm(const RmsNorm& a) { rms_norm_any(a); }
+void rotary(const Rotary& a) { rotary_any(a); }
+void softmax(const Softmax& a) { softmax_any(a); }
 void prefix_decode(const PrefixDecode& d) { prefix_decode_any(d); }
 void prefix_train(const PrefixTrain& a) { prefix_train_any(a); }
 void multi_lora(const MultiLora& d) { multi_any(d); }

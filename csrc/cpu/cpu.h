@@ -96,7 +96,8 @@ struct RmsNorm {
 // Throws std::invalid_argument for other codes or sizes, before anything is written.
 void rms_norm(const RmsNorm& a);
 
-// out[count] = act(gate) * up, or with dy the gradients: of gate in out, of up in dup. Everything is
+// out[count] = act(gate) * up, or with dy the gradients: of gate in out, which may be dy, of up in
+// dup. Everything is
 // of dtype; the activation is kGelu, kGeluTanh or kSilu.
 struct Gated {
   const void *gate, *up, *dy;
@@ -106,6 +107,25 @@ struct Gated {
 };
 // Throws as rms_norm does.
 void gated(const Gated& a);
+
+// Rotary positions of out[b,h,t,d]: with the halves x1, x2 of a token's d numbers
+//   out1 = x1 cos1 - x2 sin1, out2 = x2 cos2 + x1 sin2, or backward the gradient of x from that of out.
+// cos and sin are [b,t,d], d of a token lying together as in x and out; *_b, *_h, *_t are the
+// distances between what b, h and t number. Everything is of dtype.
+struct Rotary {
+  const void *x, *cos, *sin;
+  void* out;
+  int64_t b, h, t, d;
+  int64_t x_b, x_h, x_t, cos_b, cos_t, sin_b, sin_t, out_b, out_h, out_t;
+  bool backward;
+  int dtype;
+};
+// Throws as rms_norm does, and for odd d.
+void rotary(const Rotary& a);
+
+// lse[rows] = logsumexp of z's rows, [rows, cols] of fp32 and contiguous; with `write` z becomes its
+// softmax. Throws as rms_norm does.
+void softmax(float* z, float* lse, int64_t rows, int64_t cols, bool write);
 
 // y[m,n] = x[m,k] w[n,k]^T + bias[n], and of each row its own adapter's scale * B (A x): that of
 // slots[m] (-1: none), part by part of n. The adapters lie as LoRASlots says (pyext/ops/slots.py).

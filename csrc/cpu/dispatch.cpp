@@ -27,6 +27,8 @@ struct Level {
   void (*decode_quantised)(const Decode&, const Quantised&);
   void (*rms_norm)(const RmsNorm&);
   void (*gated)(const Gated&);
+  void (*rotary)(const Rotary&);
+  void (*softmax)(const Softmax&);
 };
 
 #if defined(__x86_64__)
@@ -66,26 +68,26 @@ const Level* levels(int* count) {
   static const Level all[] = {
       {"amx", tiles, adapters_in_bf16, decode_in_tiles, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_tiles, adapter_train_in_tiles, avx512::prefix_train, avx512::dequantise,
-       decode_quantised_in_tiles, avx512::rms_norm, avx512::gated},
+       decode_quantised_in_tiles, avx512::rms_norm, avx512::gated, avx512::rotary, avx512::softmax},
       {"avx512_bf16", bf16, adapters_in_bf16, in_bf16, avx512::dropout, avx512::prefix_decode,
        multi_lora_in_bf16, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
-       avx512::decode_quantised, avx512::rms_norm, avx512::gated},
+       avx512::decode_quantised, avx512::rms_norm, avx512::gated, avx512::rotary, avx512::softmax},
       {"avx512", avx512, avx512::adapters, avx512::decode, avx512::dropout, avx512::prefix_decode,
        avx512::multi_lora, avx512::adapter_train, avx512::prefix_train, avx512::dequantise,
-       avx512::decode_quantised, avx512::rms_norm, avx512::gated},
+       avx512::decode_quantised, avx512::rms_norm, avx512::gated, avx512::rotary, avx512::softmax},
       {"avx2", avx2, avx2::adapters, avx2::decode, avx2::dropout, avx2::prefix_decode,
        avx2::multi_lora, avx2::adapter_train, avx2::prefix_train, avx2::dequantise,
-       avx2::decode_quantised, avx2::rms_norm, avx2::gated},
+       avx2::decode_quantised, avx2::rms_norm, avx2::gated, avx2::rotary, avx2::softmax},
       {"portable", true, portable::adapters, portable::decode, portable::dropout,
        portable::prefix_decode, portable::multi_lora, portable::adapter_train,
        portable::prefix_train, portable::dequantise, portable::decode_quantised,
-       portable::rms_norm, portable::gated}};
+       portable::rms_norm, portable::gated, portable::rotary, portable::softmax}};
 #else
   static const Level all[] = {{"portable", true, portable::adapters, portable::decode,
                                portable::dropout, portable::prefix_decode, portable::multi_lora,
                                portable::adapter_train, portable::prefix_train,
                                portable::dequantise, portable::decode_quantised,
-                               portable::rms_norm, portable::gated}};
+                               portable::rms_norm, portable::gated, portable::rotary, portable::softmax}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;
@@ -272,6 +274,19 @@ void gated(const Gated& a) {
         "activation: expected 1, 2 or 3", a.activation);
   check(a.count >= 0, "count: expected >= 0", a.count);
   level().gated(a);
+}
+
+void rotary(const Rotary& a) {
+  check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
+  check(a.b >= 0 && a.h >= 0 && a.t >= 0, "b, h, t: expected >= 0", a.b);
+  check(a.d >= 2 && a.d % 2 == 0, "d: expected >= 2, even", a.d);
+  level().rotary(a);
+}
+
+void softmax(float* z, float* lse, int64_t rows, int64_t cols, bool write) {
+  check(rows >= 0, "rows: expected >= 0", rows);
+  check(cols >= 1, "cols: expected >= 1", cols);
+  level().softmax({z, lse, rows, cols, write});
 }
 
 void multi_lora(const void* x, const void* w, const void* bias, void* y, const int32_t* slots,

@@ -1,5 +1,6 @@
-// What stands between the products of a frozen block, RMSNorm and the gate of an FFN: one pass each,
-// forward and backward, fp32 inside. Included by one file for each instruction set.
+// What stands between the products of a frozen model, one pass each, fp32 inside: RMSNorm, the gate of
+// an FFN and rotary positions, forward and backward, and the softmax of logits. Included by one file
+// for each instruction set.
 //
 // A row's sums run in the same order whatever the threads are.
 #pragma once
@@ -136,6 +137,100 @@ inline void gated_any(const Gated& a) {
   if (a.dtype == kFloat32) return gated_as<float>(a);
   if (a.dtype == kBFloat16) return gated_as<BFloat16>(a);
   gated_as<Float16>(a);
+}
+
+// --- rotary positions -----------------------------------------------------------------------------
+
+// Of token t of request b, all heads.
+template <class T>
+void rotary_token(const Rotary& a, int64_t b, int64_t t) {
+  alignas(64) float cos[2][kChunk], sin[2][kChunk], x[2][kChunk];
+  const T* cosines = static_cast<const T*>(a.cos) + b * a.cos_b + t * a.cos_t;
+  const T* sines = static_cast<const T*>(a.sin) + b * a.sin_b + t * a.sin_t;
+  const T* from = static_cast<const T*>(a.x) + b * a.x_b + t * a.x_t;
+  T* out = static_cast<T*>(a.out) + b * a.out_b + t * a.out_t;
+  const int64_t half = a.d / 2;
+  for (int64_t i = 0; i < half; i += kChunk) {
+    const int64_t n = min_of(kChunk, half - i);
+    for (int64_t side = 0; side < 2; ++side) {
+      take(cosines + side * half + i, n, cos[side]);
+      take(sines + side * half + i, n, sin[side]);
+    }
+    for (int64_t h = 0; h < a.h; ++h) {
+      for (int64_t side = 0; side < 2; ++side) take(from + h * a.x_h + side * half + i, n, x[side]);
+      for (int64_t k = 0; k < n; k += kWidth) {
+        const F one = at(x[0] + k), two = at(x[1] + k);
+        const F to_one = a.backward ? at(sin[1] + k) : -at(sin[0] + k);
+        const F to_two = a.backward ? -at(sin[0] + k) : at(sin[1] + k);
+        put(fma(two, to_one, one * at(cos[0] + k)), x[0] + k);
+        put(fma(one, to_two, two * at(cos[1] + k)), x[1] + k);
+      }
+      for (int64_t side = 0; side < 2; ++side) store_as(x[side], out + h * a.out_h + side * half + i, n);
+    }
+  }
+}
+
+template <class T>
+void rotary_as(const Rotary& a) {
+  share(a.b * a.t, a.h * a.d, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) rotary_token<T>(a, i / a.t, i % a.t);
+  });
+}
+
+inline void rotary_any(const Rotary& a) {
+  if (a.dtype == kFloat32) return rotary_as<float>(a);
+  if (a.dtype == kBFloat16) return rotary_as<BFloat16>(a);
+  rotary_as<Float16>(a);
+}
+
+// --- softmax --------------------------------------------------------------------------------------
+
+// A row stays in the cache between its three turns.
+inline void softmax_row(float* z, float* lse, int64_t cols, bool write) {
+  constexpr int64_t chains = 4, block = chains * kWidth;
+  const int64_t whole = cols / block * block;
+  F tops[chains];
+  for (F& top : tops) top = all(-__builtin_inff());
+  for (int64_t i = 0; i < whole; i += block)
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < chains; ++c) {
+      const F v = at(z + i + c * kWidth);
+      tops[c] = v > tops[c] ? v : tops[c];
+    }
+  float top = -__builtin_inff();
+  for (const F& part : tops)
+    for (int64_t l = 0; l < kWidth; ++l) top = part[l] > top ? part[l] : top;
+  for (int64_t i = whole; i < cols; ++i) top = z[i] > top ? z[i] : top;
+
+  double total = 0;
+  for (int64_t i = 0; i < whole;) {
+    F sums[chains] = {};
+    for (const int64_t stop = min_of(i + kChunk * chains, whole); i < stop; i += block)
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < chains; ++c) {
+        float* p = z + i + c * kWidth;
+        const F e = exp_of(at(p) - top);
+        if (write) put(e, p);
+        sums[c] += e;
+      }
+    for (const F& part : sums) total += static_cast<double>(sum(part));
+  }
+  for (int64_t i = whole; i < cols; ++i) {
+    const float e = exp_of(z[i] - top);
+    if (write) z[i] = e;
+    total += static_cast<double>(e);
+  }
+  *lse = static_cast<float>(static_cast<double>(top) + __builtin_log(total));
+  if (!write) return;
+  const float rate = static_cast<float>(1 / total);
+  for (int64_t i = 0; i < whole; i += kWidth) put(at(z + i) * rate, z + i);
+  for (int64_t i = whole; i < cols; ++i) z[i] *= rate;
+}
+
+inline void softmax_any(const Softmax& a) {
+  share(a.rows, a.cols, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) softmax_row(a.z + i * a.cols, a.lse + i, a.cols, a.write);
+  });
 }
 
 }  // namespace

@@ -64,6 +64,12 @@ static inline bool fit_tiles(const AdapterTrain& a) {
   return a.dtype == kBFloat16 && a.adapter_dtype == kBFloat16;
 }
 
+struct Softmax {
+  float *z, *lse;
+  int64_t rows, cols;
+  bool write;
+};
+
 struct TileShapes {  // of AMX's eight tiles, as the chip reads them
   uint8_t palette = 1, start = 0, reserved[14] = {};
   uint16_t bytes[16] = {};
@@ -121,6 +127,8 @@ void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
 void rms_norm(const RmsNorm& a);
+void rotary(const Rotary& a);
+void softmax(const Softmax& a);
 }  // namespace portable
 #if defined(__x86_64__)
 namespace avx2 {
@@ -135,6 +143,8 @@ void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
 void rms_norm(const RmsNorm& a);
+void rotary(const Rotary& a);
+void softmax(const Softmax& a);
 }  // namespace avx2
 namespace avx512 {
 void adapters(const Adapters& a);
@@ -148,6 +158,8 @@ void gated(const Gated& a);
 void prefix_decode(const PrefixDecode& d);
 void prefix_train(const PrefixTrain& a);
 void rms_norm(const RmsNorm& a);
+void rotary(const Rotary& a);
+void softmax(const Softmax& a);
 }  // namespace avx512
 namespace avx512_bf16 {
 void adapters(const Adapters& a);  // of bf16 and without a norm; the rest is avx512's

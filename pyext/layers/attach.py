@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import linear
+from fusedpeft.layers import frozen
 from fusedpeft.layers.rows import AdapterNames
 from fusedpeft.layers.state import (
     METHODS,
@@ -66,7 +66,7 @@ def attach_to(model: nn.Module, config: Config, name: str, strict: bool) -> None
         for parameter in state.was_trainable:
             parameter.requires_grad_(False)
         state.handles = AdapterNames().hook(model)
-        linear.hasten(model)
+        frozen.hasten(model)
         setattr(model, STATE, state)
     method.add(model, config, name, planned)
     state.configs[name] = config
@@ -123,7 +123,7 @@ def forget(model: nn.Module, state: State) -> None:
         parameter.requires_grad_(True)
     for handle in state.handles:
         handle.remove()
-    linear.restore(model)
+    frozen.restore(model)
     delattr(model, STATE)
 
 

@@ -1,12 +1,10 @@
-"""The frozen modules of a model that carries adapters: its plain linears, and in elementwise.py
-what stands between them."""
+"""The plain linears of a model that carries adapters."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fusedpeft.layers.elementwise import faster, is_faster
 from fusedpeft.ops.linear_cpu import few_rows
 
 
@@ -21,18 +19,3 @@ class Linear(nn.Linear):
 
 
 PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward)  # what W and bias alone tell
-
-
-def hasten(model: nn.Module) -> None:
-    """The frozen modules become ours, in place: parameters, hooks and names stay as they are."""
-    for module in model.modules():
-        kind = type(module)
-        made = Linear if kind is nn.Linear else faster(kind)
-        if made is not None and "forward" not in module.__dict__:
-            module.__class__ = made
-
-
-def restore(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is Linear or is_faster(module):
-            module.__class__ = type(module).__bases__[0]

@@ -32,10 +32,10 @@ def fuse_loss(model: nn.Module, fuse: bool = True) -> nn.Module:
     Causal LMs (labels shifted inside, as always) and encoder-decoders, under transformers' Trainer,
     Accelerate, PEFT's wrapper, with adapters on it or none, a frozen or a trained output layer,
     Gemma's soft-cap, a router's auxiliary loss, `num_items_in_batch` (which BART and T5 themselves
-    ignore) and `shift_labels`. The output's `logits` are None then. Without labels, and in
-    evaluation mode, where metrics read the logits, all is as it was. Labels that are all ignored
-    give 0, not NaN. Again is harmless; fuse False takes it off. TRL's SFTTrainer has a loss of its
-    own that makes no logits either.
+    ignore) and `shift_labels`. The output's `logits` are None then, and no cache is made unless
+    `use_cache` asks for it. Without labels, and in evaluation mode, where metrics read the logits,
+    all is as it was. Labels that are all ignored give 0, not NaN. Again is harmless; fuse False
+    takes it off. TRL's SFTTrainer has a loss of its own that makes no logits either.
 
     Raises InputError, before anything is changed, for another kind of model, an output layer that
     is no plain nn.Linear (one with LoRA on it), and a loss or forward that is not transformers'
@@ -185,6 +185,8 @@ class _FusedLoss:
         asked = given.get("return_dict")  # PEFT says None
         self.as_tuple = not (model.config.return_dict if asked is None else asked)
         given["return_dict"] = True
+        if "use_cache" in self.names and given.get("use_cache") is None:
+            given["use_cache"] = False  # a copy of every key and value, for nobody
         return (), given
 
     def before_head(self, head: nn.Linear, args: tuple) -> tuple | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import linear
+from fusedpeft.layers import frozen
 from fusedpeft.layers.attach import forget
 from fusedpeft.layers.config import LoRA
 from fusedpeft.layers.heads import drop_ties
@@ -99,7 +99,7 @@ def _unload(model: nn.Module, state: State) -> None:
         if isinstance(original, nn.Parameter):
             module.base_layer.weight.requires_grad_(original.requires_grad)
             _untie(model, f"{path}.weight")
-    linear.restore(model)  # those too that LoRA's stood around
+    frozen.restore(model)  # those too that LoRA's stood around
 
 
 def _untie(model: nn.Module, name: str) -> None:

@@ -10,7 +10,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fusedpeft.layers.elementwise import unhooked
+from fusedpeft.layers.frozen import unhooked
 from fusedpeft.ops import lora_linear
 from fusedpeft.ops.arguments import transformed
 

@@ -1,8 +1,9 @@
-"""What stands between the frozen products of a block, on a CPU in one pass each: RMSNorm and the
-gate of an FFN (csrc/cpu/elementwise.h).
+"""What stands between the frozen products of a block, on a CPU in one pass each: RMSNorm, the gate
+of an FFN and rotary positions (csrc/cpu/elementwise.h).
 
-Eager torch makes seven passes of the first and two of the second, and keeps what each of them read
-for the gradients. Here x alone is kept, gate and up; sums are in fp32 and a result is rounded once.
+Eager torch makes seven passes of the first, two of the second and five of the third, and keeps what
+most of them read for the gradients. Here x alone is kept, gate and up, or cos and sin; sums are in
+fp32 and a result is rounded once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ def rms_norm_ref(x: Tensor, w: Tensor, eps: float, offset: float = 0.0) -> Tenso
 
 def gated_ref(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return GATES[activation][1](gate) * up
+
+
+def rotary_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, -1)
+    return x * cos.unsqueeze(1) + torch.cat((-x2, x1), -1) * sin.unsqueeze(1)
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float, offset: float = 0.0) -> Tensor | None:
@@ -64,19 +70,74 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
     return out
 
 
-def _takes(a: Tensor, b: Tensor) -> bool:
+Weights = tuple[Tensor, Tensor | None]  # of a linear, and its bias
+
+
+def gated_mlp(
+    x: Tensor, gate: Weights, up: Weights, down: Weights, activation: str
+) -> Tensor | None:
+    """down(act(gate(x)) · up(x)) of three frozen linears, with the gradient of x alone, or None
+    where that is eager torch's to compute: where x needs none, with a bias, else as of `rms_norm`.
+
+    Beyond what `gated` saves: a buffer of the FFN's width in backward, the sum of two gradients.
+    x [*, K], gate and up [I, K], down [N, I]. Returns [*, N].
+    """
+    weights = [w for w, _ in (gate, up, down)]
+    if not (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and gate[1] is up[1] is down[1] is None
+        and _runs_here((x, *weights))
+        and not any([w.requires_grad for w in weights])
+        and x.is_contiguous()
+    ):
+        return None
+    return _GatedMlp.apply(x, *weights, activation)[0]
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
+    """q and k turned by their tokens' positions (Su et al. 2021, "RoFormer", eq. 34), or None where
+    that is eager torch's to compute, as of `rms_norm`; cos and sin do not learn.
+
+        y1 = x1 cos1 - x2 sin1,  y2 = x2 cos2 + x1 sin2        of the halves of a token's D numbers
+
+    q [B, H, T, D], k [B, HKV, T, D], cos and sin [B or 1, T, D], of one dtype. Returns as q and k,
+    laid out as they are.
+    """
+    given = (q, k, cos, sin)
+    if not _runs_here(given) or not q.ndim == k.ndim == 4 or not cos.ndim == sin.ndim == 3:
+        return None
+    (batch, _, tokens, dim), rows = q.shape, cos.shape[0]
+    if not (
+        k.shape[0::2] == (batch, tokens)
+        and k.shape[3] == dim
+        and cos.shape == sin.shape == (rows, tokens, dim)
+        and rows in (1, batch)
+        and dim % 2 == 0
+        and all([t.stride(-1) == 1 for t in given])
+    ):
+        return None
+    if torch.is_grad_enabled():
+        if cos.requires_grad or sin.requires_grad:
+            return None
+        if q.requires_grad or k.requires_grad:
+            return _Rotary.apply(q, k, cos, sin)
+    return _turn(q, cos, sin, False), _turn(k, cos, sin, False)
+
+
+def _runs_here(tensors: tuple[Tensor, ...]) -> bool:
+    dtype = tensors[0].dtype
     return (
         native is not None
-        and a.is_cpu
-        and b.is_cpu
-        and a.dtype == b.dtype
-        and a.dtype in DTYPE_CODES
-        and is_plain((a, b))
-        and a.numel() > 0
-        and a.is_contiguous()
-        and b.is_contiguous()
+        and dtype in DTYPE_CODES
+        and all([t.is_cpu and t.dtype == dtype and t.numel() > 0 for t in tensors])
+        and is_plain(tensors)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _takes(a: Tensor, b: Tensor) -> bool:
+    return _runs_here((a, b)) and a.is_contiguous() and b.is_contiguous()
 
 
 def _norm(x: Tensor, w: Tensor, dy: Tensor | None, eps: float, offset: float) -> Tensor:
@@ -98,6 +159,21 @@ def _gate(
         0 if dup is None else dup.data_ptr(), gate.numel(), GATES[activation][0],
         DTYPE_CODES[gate.dtype],
     )  # fmt: skip
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    (batch, heads, tokens, dim), out = x.shape, torch.empty_like(x)
+    torch.get_num_threads()
+    native.rotary(
+        x.data_ptr(), x.stride()[:3], *_by_token(cos), *_by_token(sin), out.data_ptr(),
+        out.stride()[:3], batch, heads, tokens, dim, backward, DTYPE_CODES[x.dtype],
+    )  # fmt: skip
+    return out
+
+
+def _by_token(t: Tensor) -> tuple[int, tuple[int, int, int]]:
+    of_batch, of_token, _ = t.stride()
+    return t.data_ptr(), (of_batch if t.shape[0] > 1 else 0, 0, of_token)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -134,3 +210,60 @@ class _Gated(torch.autograd.Function):
         grads = [torch.empty_like(t) for t in inputs]
         _gate(*inputs, dy.contiguous(), *grads, ctx.activation)
         return *(g if n else None for g, n in zip(grads, need, strict=True)), None
+
+
+class _GatedMlp(torch.autograd.Function):
+    """Its results gate and up are for itself: second gradients go through them."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, wg: Tensor, wu: Tensor, wd: Tensor, activation: str):
+        rows = x.view(-1, x.shape[-1])
+        gate, up = torch.mm(rows, wg.t()), torch.mm(rows, wu.t())
+        h = torch.empty_like(gate)
+        _gate(gate, up, None, h, None, activation)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gate, up, wg, wu, wd)
+        ctx.shape, ctx.activation = x.shape, activation
+        return torch.mm(h, wd.t()).view(*x.shape[:-1], -1), gate, up
+
+    @staticmethod
+    def backward(ctx, dy: Tensor | None, dgate: Tensor | None, dup: Tensor | None):
+        gate, up, wg, wu, wd = ctx.saved_tensors
+        if dy is not None:
+            dh = torch.mm(dy.reshape(-1, len(wd)), wd)
+            if twice.asked():
+                made = twice.gradients(
+                    lambda g, u: gated_ref(g, u, ctx.activation), (gate, up), (True, True), dh
+                )
+            else:
+                made = dh, torch.empty_like(dh)
+                _gate(gate, up, dh, *made, ctx.activation)  # gate's in dh's place
+            pairs = zip(made, (dgate, dup), strict=True)
+            dgate, dup = (a if b is None else a + b for a, b in pairs)
+        dx = None
+        for d, w in ((dgate, wg), (dup, wu)):
+            if d is not None:
+                dx = torch.mm(d, w) if dx is None else dx.addmm_(d, w)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cos, sin)
+        return _turn(q, cos, sin, False), _turn(k, cos, sin, False)
+
+    @staticmethod
+    def backward(ctx, *dys: Tensor | None):
+        cos, sin = ctx.saved_tensors
+        return *(_Rotary.one(ctx, i, dy, cos, sin) for i, dy in enumerate(dys)), None, None
+
+    @staticmethod
+    def one(ctx, i: int, dy: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor | None:
+        if dy is None or not ctx.needs_input_grad[i]:
+            return None
+        if twice.asked():  # linear: any x does
+            x = torch.zeros_like(dy).requires_grad_()
+            return twice.gradients(lambda x: rotary_ref(x, cos, sin), (x,), (True,), dy)[0]
+        return _turn(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, True)

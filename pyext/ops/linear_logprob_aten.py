@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fusedpeft.ops.native import native
+
 LOGITS_BYTES = 32 * 2**20  # one chunk of fp32 logits: fits the last-level caches of today's CPUs
 TILE_ROWS = 2048  # of backward: enough for a product, and the rest of the chunk is vocabulary
 
@@ -32,6 +34,22 @@ def _cap_(z: Tensor, softcap: float, temperature: float) -> Tensor:
 def _slope(z: Tensor, softcap: float, temperature: float) -> Tensor:
     """1 − tanh²(a / c), from z = c · tanh(a / c) / temperature."""
     return z.mul(temperature / softcap).square_().neg_().add_(1.0)
+
+
+def _softmax_(z: Tensor, write: bool) -> Tensor:
+    """logsumexp of z's rows, [rows, 1]; with `write` z becomes its softmax. On a CPU in C++: one
+    pass through memory, as a row stays in the cache (csrc/cpu/elementwise.h)."""
+    if native is not None and z.is_cpu and z.dtype == torch.float32 and z.numel():
+        lse = z.new_empty(len(z), 1)
+        torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said
+        native.softmax(z.data_ptr(), lse.data_ptr(), *z.shape, write)
+        return lse
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp_()  # in place: a chunk is all there is
+    total = e.sum(-1, keepdim=True)
+    if write:
+        e.div_(total)
+    return top + total.log()
 
 
 def _select(h: Tensor, labels: Tensor, ignore_index: int):
@@ -62,15 +80,12 @@ def logprob_fwd(h, w, labels, bias, ignore_index: int, softcap, temperature, nee
         z = _cap_(_logits(buffer, h[c], w, bias), softcap, temperature)
         z_label = z.gather(-1, label[c].unsqueeze(-1))
         slope = _slope(z, softcap, temperature) if need_u and softcap > 0.0 else None
-        top = z.amax(-1, keepdim=True)
-        e = z.sub_(top).exp_()  # in place, as all that follows: a chunk is all there is
-        total = e.sum(-1, keepdim=True)
-        lse_c = top + total.log()
+        lse_c = _softmax_(z, need_u)
         lse[at] = lse_c.squeeze(-1)
         logp[at] = (z_label - lse_c).squeeze(-1).masked_fill(bad[c], float("nan"))
         if need_u:
-            e = e if slope is None else e.mul_(slope)
-            mean = (e.div_(total).to(w.dtype) @ w).to(acc)
+            p = z if slope is None else z.mul_(slope)
+            mean = (p.to(w.dtype) @ w).to(acc)
             own = w[label[c]].to(acc)
             own = own if slope is None else own * _slope(z_label, softcap, temperature)
             u[at] = ((own - mean) / temperature).to(u.dtype)

@@ -23,6 +23,7 @@ from torch import Tensor
 from fusedpeft.ops import twice
 from fusedpeft.ops.arguments import autocast, autocasts, device_of, is_plain, refuse_transforms
 from fusedpeft.ops.prefix_attention_aten import acc_dtype, aten_bwd, aten_fwd, in_tiles
+from fusedpeft.ops.prefix_attention_blocks import laid_out
 from fusedpeft.ops.prefix_attention_checks import (
     DECODE,
     check,
@@ -129,13 +130,15 @@ _lib.impl("prefix_attention_backward", _backward, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("fusedpeft::prefix_attention")
 def _(q, k, v, pk, pv, mask, cu, ids, causal, scale, window, impl):
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=acc_dtype(q))
+    out = laid_out(q) if q.is_cpu and impl not in DECODE else q.new_empty(q.shape)
+    return out, q.new_empty(q.shape[:3], dtype=acc_dtype(q))
 
 
 @torch.library.register_fake("fusedpeft::prefix_attention_backward")
 def _(dout, dlse, q, k, v, pk, pv, out, lse, mask, cu, ids, causal, scale, window, impl, need):
-    like = (q, k, v, pk, pv)
-    return tuple(t.new_empty(t.shape if n else 0) for t, n in zip(like, need, strict=True))
+    like = [laid_out(t) if q.is_cpu else t.new_empty(t.shape) for t in (q, k, v)]
+    like += [t.new_empty(t.shape) for t in (pk, pv)]
+    return tuple(t if n else t.new_empty(0) for t, n in zip(like, need, strict=True))
 
 
 def _setup_context(ctx, inputs, output) -> None:

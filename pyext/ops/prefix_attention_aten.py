@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedpeft.ops.prefix_attention_blocks import QUERIES, Blocks, heads_at_once, jobs
+from fusedpeft.ops.prefix_attention_blocks import QUERIES, Blocks, heads_at_once, jobs, laid_out
 from fusedpeft.ops.prefix_attention_checks import check_values
 
 _FORWARD_BYTES, _BACKWARD_BYTES = 2**22, 2**21  # of q, at a time
@@ -75,7 +75,7 @@ def aten_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window:
     check_values(None, cu, ids, pk, q.shape[2])  # a compiled call has not
     acc, dtype = acc_dtype(q), _forward_dtype(q)
     pk, pv = _as_rows(pk), _as_rows(pv)
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    out = laid_out(q).zero_()
     lse = torch.full(q.shape[:3], -math.inf, dtype=acc)
     blocks = Blocks(acc, q.shape[2], k.shape[2], causal, scale, window, QUERIES)
     most = _FORWARD_BYTES if q.dtype == dtype else _FORWARD_COPIES
@@ -159,8 +159,9 @@ def aten_bwd(
     if not keys:  # then all queries in one block
         mask, causal, window = None, False, 0
     blocks = Blocks(acc, T, S, causal, scale, window, step)
-    make = torch.empty if q.numel() else torch.zeros
-    dqkv = [make(t.shape, dtype=like) for t in (q, k, v)] if keys else []
+    dqkv = [laid_out(t) for t in (q, k, v)] if keys else []
+    if q.numel() == 0:
+        dqkv = [t.zero_() for t in dqkv]
     dpkv = [torch.zeros(t.shape, dtype=acc) for t in (pk, pv)]
     for aq, ak, ap, am in jobs(q, k, pk, mask, cu, ids, acc, most):
         _part_bwd(

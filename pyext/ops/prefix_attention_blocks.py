@@ -103,3 +103,10 @@ def jobs(
                     for n, s in zip(mask.shape[:2], (rows, of_q), strict=True)
                 )
             yield (rows, of_q, tokens), (rows, kv, tokens), (at, kv), of_mask
+
+
+def laid_out(t: Tensor) -> Tensor:
+    """An empty tensor with t's layout: a model's queries lie by token, not by head, as does what it
+    makes of the result; else contiguous."""
+    made = torch.empty_like(t)
+    return made if made.stride(-1) == 1 else t.new_empty(t.shape)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedpeft.ops.native import DTYPE_CODES, native
+from fusedpeft.ops.prefix_attention_blocks import laid_out
 from fusedpeft.ops.prefix_attention_checks import check_values
 
 _NOWHERE = [0, 0, 0, 0]
@@ -66,7 +67,7 @@ def _float_mask(mask: Tensor | None) -> Tensor | None:
 
 def flash_fwd(q, k, v, pk, pv, mask, cu, ids, causal: bool, scale: float, window: int):
     check_values(None, cu, ids, _as_rows(pk), q.shape[2])  # a compiled call has not
-    out, mask = torch.empty(q.shape, dtype=q.dtype), _float_mask(mask)
+    out, mask = laid_out(q), _float_mask(mask)
     lse = torch.full(q.shape[:3], -math.inf)
     ins, prefix = [_unit(t) for t in (q, k, v)], [_as_rows(t) for t in (pk, pv)]
     for at, of in _sequences(q, prefix[0], cu, ids):
@@ -84,8 +85,9 @@ def flash_bwd(
     like, mask = pk.shape, _float_mask(mask)
     ins, prefix = [_unit(t) for t in (q, k, v)], [_as_rows(t) for t in (pk, pv)]
     out, dout = _unit(out), _unit(dout.to(q.dtype))
-    make = torch.empty if q.numel() else torch.zeros  # of no queries the keys' are zeros
-    dqkv = [make(t.shape, dtype=q.dtype) for t in ins] if any(need[:3]) else [None] * 3
+    dqkv = [laid_out(t) for t in (q, k, v)] if any(need[:3]) else [None] * 3
+    if q.numel() == 0:  # the keys' are zeros then
+        dqkv = [t if t is None else t.zero_() for t in dqkv]
     dpkv = [torch.zeros(t.shape) for t in prefix] if any(need[3:]) else []
     for at, of in _sequences(q, prefix[0], cu, ids):
         tensors = [*(t[:, :, at] for t in ins), *prefix, out[:, :, at], dout[:, :, at]]

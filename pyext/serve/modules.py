@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import linear
+from fusedpeft.layers import frozen
 from fusedpeft.layers.state import SERVED, State
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.multi_lora_cpu import prepared
@@ -224,8 +224,8 @@ class Serving:
             raise InputError("install: the model is served by a pool already; uninstall that first")
         linears = self._linears(model)
         with ExitStack() as undo:
-            linear.hasten(model)
-            undo.callback(linear.restore, model)
+            frozen.hasten(model)
+            undo.callback(frozen.restore, model)
             self._install_linears(linears, undo)
             install_sublayers(model, self.pool, self.current, undo)
             for name in (SERVED, "__deepcopy__", "__reduce_ex__"):

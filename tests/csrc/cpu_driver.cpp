@@ -102,6 +102,51 @@ void gate(int64_t count, int dtype, bool backward) {
   }
 }
 
+// x of [b, t, h, d] with heads and tokens changed about, out of [b, h, t, d].
+void turn(int64_t b, int64_t h, int64_t t, int64_t d, int dtype, bool backward, int gap) {
+  std::mt19937 random(5);
+  Matrix x(b * t * h, d, gap, dtype), out(b * h * t, d, gap, dtype), cos(t, d, gap, dtype),
+      sin(b * t, d, 0, dtype);
+  for (Matrix* of : {&x, &out, &cos, &sin}) of->fill(random);
+  const int64_t sx = x.stride, so = out.stride;
+  rotary({x.bytes.get(), cos.bytes.get(), sin.bytes.get(), out.bytes.get(), b, h, t, d, t * h * sx, sx,
+          h * sx, 0, cos.stride, t * d, d, h * t * so, t * so, so, backward, dtype});
+  const int64_t half = d / 2;
+  for (int64_t i = 0; i < b * h * t; ++i)
+    for (int64_t j = 0; j < d; ++j) {
+      const int64_t of_b = i / (h * t), of_h = i / t % h, of_t = i % t, row = (of_b * t + of_t) * h + of_h;
+      const int64_t other = j < half ? j + half : j - half;
+      const double turned = x(row, other) * sin(of_b * t + of_t, backward ? other : j);
+      const double sign = (j < half) != backward ? -1 : 1;
+      const double want = x(row, j) * cos(of_t, j) + sign * turned;
+      if (!(std::fabs(out(i, j) - want) <= step_of(dtype) * std::fabs(want) + 1e-6) && failures++ < 5)
+        std::printf("rotary %ldx%ldx%ldx%ld dtype %d dy %d [%ld,%ld]: expected %g, got %g\n", b, h, t, d,
+                    dtype, backward, i, j, want, out(i, j));
+    }
+  for (int64_t i = 0; i + 1 < b * h * t; ++i)
+    for (int64_t j = d; j < so; ++j)
+      if (!std::isnan(out(i, j)) && failures++ < 5) std::printf("rotary wrote behind row %ld\n", i);
+}
+
+void soft(int64_t rows, int64_t cols, bool write) {
+  std::mt19937 random(6);
+  Matrix given(rows, cols, 0, 0), z(rows, cols, 0, 0), lse(1, rows, 0, 0);
+  given.fill(random), lse.fill(random);
+  std::memcpy(z.bytes.get(), given.bytes.get(), static_cast<size_t>(rows * cols * 4));
+  softmax(reinterpret_cast<float*>(z.bytes.get()), reinterpret_cast<float*>(lse.bytes.get()), rows, cols,
+          write);
+  for (int64_t i = 0; i < rows; ++i) {
+    double total = 0;
+    for (int64_t j = 0; j < cols; ++j) total += std::exp(given(i, j));
+    bool ok = std::fabs(lse(0, i) - std::log(total)) < 1e-6 * (1 + std::fabs(std::log(total)));
+    for (int64_t j = 0; j < cols; ++j) {
+      const double want = write ? std::exp(given(i, j)) / total : given(i, j);
+      ok = ok && std::fabs(z(i, j) - want) <= 1e-6 * std::fabs(want);
+    }
+    if (!ok && failures++ < 5) std::printf("softmax %ldx%ld write %d: row %ld\n", rows, cols, write, i);
+  }
+}
+
 bool refuses(int64_t m, int64_t r, int dtype, int adapter) {
   float v[4] = {};
   try {
@@ -130,7 +175,13 @@ int main() {
     for (int64_t m : {1, 3, 16, 19}) decode(m, 1088, 70, 48, dtype, adapter, m % 2, 2);
     decode(2, 0, 20, 8, dtype, adapter, true, 0);
   }
+  for (bool write : {false, true})
+    for (int64_t cols : {1, 15, 64, 1000, 5003}) soft(3, cols, write), soft(40, cols, write);
   for (int dtype : {0, 1, 2}) {
+    for (bool backward : {false, true}) {
+      turn(1, 1, 1, 2, dtype, backward, 0), turn(2, 3, 5, 6, dtype, backward, 1);
+      turn(2, 2, 40, 64, dtype, backward, 0), turn(1, 2, 3, 546, dtype, backward, 3);
+    }
     drop(0, 5, dtype, 0), drop(1, 1, dtype, 0), drop(3, 63, dtype, 1), drop(40, 1000, dtype, 3);
     drop(2, 64, dtype, 0);
     for (bool backward : {false, true}) {

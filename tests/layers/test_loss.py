@@ -131,6 +131,8 @@ def test_only_in_training_and_with_labels(name, ids, labels):
     plain = model(**given)
     fp.fuse_loss(fp.fuse_loss(model))
     assert model(**given).logits is None
+    assert plain.past_key_values is not None and model(**given).past_key_values is None
+    assert model(**given, use_cache=True).past_key_values is not None
     assert torch.equal(model.eval()(**given).logits, plain.logits)
     if name.startswith("Llama"):
         assert torch.equal(model.train()(ids).logits, plain.logits)

@@ -1,10 +1,19 @@
-"""RMSNorm and gates in C++: against float64, and everything that is left to eager torch."""
+"""RMSNorm, gated FFNs and rotary positions in C++: against float64, and what they leave."""
 
 import pytest
 import torch
 
 from fusedpeft.ops import elementwise_cpu
-from fusedpeft.ops.elementwise_cpu import GATES, gated, gated_ref, rms_norm, rms_norm_ref
+from fusedpeft.ops.elementwise_cpu import (
+    GATES,
+    gated,
+    gated_mlp,
+    gated_ref,
+    rms_norm,
+    rms_norm_ref,
+    rotary,
+    rotary_ref,
+)
 from fusedpeft.ops.native import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="fusedpeft._C is not built")
@@ -60,6 +69,121 @@ def test_gated_against_float64(check_accuracy, shape, activation, dtype):
         assert torch.equal(gated(*inputs, activation), got[0])
 
 
+def mlp_ref(x, wg, wu, wd, activation):
+    return gated_ref(x @ wg.t(), x @ wu.t(), activation) @ wd.t()
+
+
+def frozen(*weights):
+    return [(w, None) for w in weights]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (6, 31, 40, 17), (130, 64, 300, 64)])
+def test_gated_mlp_against_float64(check_accuracy, sizes, dtype):
+    rows, d, wide, out = sizes
+    shapes = (wide, d), (wide, d), (out, wide)
+    ws = [(normal(*s, seed=i) / s[1] ** 0.5).to(dtype) for i, s in enumerate(shapes)]
+    x, dy = normal(2, rows, d, seed=3).to(dtype), normal(2, rows, out, seed=4).to(dtype)
+    double = [w.double() for w in ws]
+    got = results(lambda x: gated_mlp(x, *frozen(*ws), "silu"), [x], dy)
+    low = results(lambda x: mlp_ref(x, *ws, "silu"), [x], dy)
+    wide = results(lambda x: mlp_ref(x, *double, "silu"), [x], dy, torch.float64)
+    for name, *three in zip(("y", "dx"), got, low, wide, strict=True):
+        check_accuracy(name, *three)
+
+
+def test_gated_mlp_twice_and_what_it_leaves():
+    x, weights = normal(3, 8).requires_grad_(), [normal(8, 8, seed=i) / 8**0.5 for i in range(3)]
+
+    def penalty(mlp):
+        (dx,) = torch.autograd.grad(mlp(x).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    got = penalty(lambda x: gated_mlp(x, *frozen(*weights), "gelu"))
+    want = penalty(lambda x: mlp_ref(x, *weights, "gelu"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    kept = gated_mlp(x, *frozen(*weights), "silu").sum()  # gate's gradient lies where dh's did
+    first = torch.autograd.grad(kept, x, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(kept, x)[0])
+    wg, wu, wd = frozen(*weights)
+    learns = (weights[1].clone().requires_grad_(), None)
+    assert gated_mlp(x, wg, learns, wd, "silu") is None
+    assert gated_mlp(x, wg, wu, (wd[0], normal(8)), "silu") is None
+    assert gated_mlp(x.detach(), wg, wu, wd, "silu") is None
+    with torch.no_grad():
+        assert gated_mlp(x, wg, wu, wd, "silu") is None
+
+
+ROTARY = [  # B, H, HKV, T, D, rows of cos
+    (1, 1, 1, 1, 2, 1),
+    (2, 4, 2, 7, 6, 2),
+    (2, 3, 1, 33, 64, 1),
+    (1, 2, 2, 3, 640, 1),
+    (4, 8, 4, 90, 64, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("sizes", ROTARY)
+def test_rotary_against_float64(check_accuracy, sizes, by_token, dtype):
+    batch, heads, groups, tokens, dim, rows = sizes
+
+    def laid(count, seed):
+        t = normal(batch, tokens, count, dim, dtype=dtype, seed=seed).transpose(1, 2)
+        return t if by_token else t.contiguous()
+
+    cos, sin = (normal(rows, tokens, dim, dtype=dtype, seed=s) for s in (2, 3))
+    pair = laid(heads, 0), laid(groups, 1)
+    inputs = [t.requires_grad_() for t in pair]
+    ys = rotary(*inputs, cos, sin)
+    for i, (x, y) in enumerate(zip(inputs, ys, strict=True)):
+        assert y.stride() == x.stride() and type(y.grad_fn).__name__ == "_RotaryBackward"
+        dy = torch.randn_like(x)
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        low = results(lambda x: rotary_ref(x, cos, sin), [x], dy)
+        wide = (cos.double(), sin.double())
+        exact = results(lambda x, wide=wide: rotary_ref(x, *wide), [x], dy, torch.float64)
+        for name, *three in zip((f"y{i}", f"dx{i}"), (y, dx), low, exact, strict=True):
+            check_accuracy(name, *three)
+    with torch.no_grad():
+        assert all(map(torch.equal, rotary(*inputs, cos, sin), ys))
+
+
+def test_rotary_one_gradient_twice_and_what_it_leaves():
+    q, k = normal(2, 2, 5, 8), normal(2, 1, 5, 8, seed=1)
+    cos, sin = normal(1, 5, 8, seed=2), normal(1, 5, 8, seed=3)
+    one = q.clone().requires_grad_()
+
+    def penalty(turned):
+        (dq,) = torch.autograd.grad(turned(one).pow(3).sum(), one, create_graph=True)
+        return torch.autograd.grad(dq.square().sum(), one)[0]
+
+    got = penalty(lambda q: rotary(q, k, cos, sin)[0])
+    torch.testing.assert_close(got, penalty(lambda q: rotary_ref(q, cos, sin)))
+    assert not rotary(q, k, cos, sin)[0].requires_grad
+    wide = normal(2, 2, 5, 16)
+    left = {
+        "odd D": tuple(t[..., :7] for t in (q, k, cos, sin)),
+        "another D of k": (q, k[..., :6], cos, sin),
+        "numbers that lie apart": (wide[..., ::2], k, cos, sin),
+        "other tokens": (q, k, cos[:, :4], sin[:, :4]),
+        "other rows": (q, k, cos.expand(3, -1, -1), sin.expand(3, -1, -1)),
+        "cos of two dimensions": (q, k, cos[0], sin[0]),
+        "another dtype": (q, k, cos.double(), sin.double()),
+        "fp64": tuple(t.double() for t in (q, k, cos, sin)),
+        "no tokens": tuple(t[..., :0, :] for t in (q, k, cos, sin)),
+        "another device": tuple(t.to("meta") for t in (q, k, cos, sin)),
+        "cos that learns": (q, k, cos.clone().requires_grad_(), sin),
+    }
+    for what, args in left.items():
+        assert rotary(*args) is None, what
+    with torch.autocast("cpu"):
+        assert rotary(q, k, cos, sin) is None
+    part = wide[..., 4:12]  # of a model that turns a part of each head
+    torch.testing.assert_close(rotary(part, k, cos, sin)[0], rotary_ref(part, cos, sin))
+
+
 def test_one_gradient_alone():
     gate, up = normal(4, 8), normal(4, 8, seed=1)
     for learns in (gate, up):
@@ -84,10 +208,16 @@ def test_gradients_of_gradients():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_threads(dtype):
     x, w, threads = normal(301, 256, dtype=dtype), normal(256, dtype=dtype), torch.get_num_threads()
-    every = rms_norm(x, w, 1e-5), gated(x, x.flip(0), "silu")
+    q, angles = x.view(7, 43, 4, 64).transpose(1, 2), x[:43, :64].unsqueeze(0)
+
+    def run():
+        turned = rotary(q, q, angles.cos(), angles.sin())
+        return rms_norm(x, w, 1e-5), gated(x, x.flip(0), "silu"), *turned
+
+    every = run()
     try:
         torch.set_num_threads(1)
-        alone = rms_norm(x, w, 1e-5), gated(x, x.flip(0), "silu")
+        alone = run()
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, every, alone))
@@ -136,5 +266,12 @@ def test_the_kernels_refuse_what_they_do_not_take():
         native.rms_norm(at, at, 0, at, 2, 0, 1e-5, 0.0, 0)
     with pytest.raises(ValueError, match="activation: expected 1, 2 or 3, got 0"):
         native.gated(at, at, 0, at, 0, 16, 0, 0)
+    strides = (8, 8, 8)
+    with pytest.raises(ValueError, match="d: expected >= 2, even, got 3"):
+        native.rotary(at, strides, at, strides, at, strides, at, strides, 1, 1, 1, 3, False, 0)
+    with pytest.raises(ValueError, match="x, cos, sin, out: expected addresses, got null"):
+        native.rotary(0, strides, at, strides, at, strides, at, strides, 1, 1, 1, 4, False, 0)
+    with pytest.raises(ValueError, match="cols: expected >= 1, got 0"):
+        native.softmax(at, at, 1, 0, True)
     with pytest.raises(ValueError, match="dup: expected an address beside dy"):
         native.gated(at, at, at, at, 0, 16, 3, 0)

@@ -89,6 +89,31 @@ def test_ignored_rows_are_skipped_not_multiplied_by_zero(masked, monkeypatch):
     assert torch.isfinite(loss) and torch.isfinite(w.grad).all() and (h.grad[:2] == 0).all()
 
 
+@pytest.mark.skipif(aten.native is None, reason="fusedpeft._C is not built")
+def test_a_softmax_in_one_pass_is_torch_s(check_accuracy):
+    z = 4 * torch.randn(70, 3001, generator=torch.Generator().manual_seed(0))
+    z[3], z[4, :3000], z[5, 7], z[6, 7] = -torch.inf, -torch.inf, torch.nan, torch.inf
+    z[7], z[8, 5] = 1e30, 3e38
+    low = z.softmax(-1), z.logsumexp(-1, keepdim=True)
+    low[1][3] = low[1][6] = torch.nan  # as p is there
+    for write in (True, False):
+        got = z.clone()
+        lse = aten._softmax_(got, write)
+        for p, want in ((got if write else low[0], low[0]), (lse, low[1])):
+            torch.testing.assert_close(p, want, equal_nan=True)
+    fine = torch.cat((z[:3], z[9:]))
+    got = fine.clone()
+    lse, wide = aten._softmax_(got, True), fine.double()
+    check_accuracy("p", got, fine.softmax(-1), wide.softmax(-1))
+    check_accuracy("lse", lse[:, 0], fine.logsumexp(-1), wide.logsumexp(-1))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(aten._softmax_(fine, True), lse) and torch.equal(fine, got)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_all_ignored_and_empty_give_zero():
     h, w, labels, _ = make(4, 8, 10, torch.float32, bias=False, ignored=4)
     h.requires_grad_()

@@ -179,6 +179,10 @@ def test_gradcheck_and_opcheck():
     table = [t.requires_grad_() for t in make(2, 4, 2, 4, 6, 3, 5, prefix="table")]
     mask, ids = torch.zeros(2, 1, 4, 6), torch.tensor([1, -1])
     torch.library.opcheck(op, (*table, mask, None, ids, False, 0.4, 3, "aten"))
+    laid = [t.detach().transpose(1, 2).contiguous().transpose(1, 2) for t in table[:3]]
+    for impl in ("aten", "flash"):
+        given = [t.float().requires_grad_() for t in (*laid, *table[3:])]
+        torch.library.opcheck(op, (*given, mask, None, ids, False, 0.4, 3, impl))
 
 
 def test_compiled_equals_eager_with_gradients():
@@ -245,8 +249,13 @@ def test_any_strides():
         [torch.stack((t, t), -1)[..., 0] for t in tensors],
     ):
         assert not other[0].is_contiguous()
-        out = ops.prefix_attention(*other)
+        leaves = [t.detach().requires_grad_() for t in other]
+        out = ops.prefix_attention(*leaves)
         torch.testing.assert_close(out, want[0])
+        grads = torch.autograd.grad(out.square().sum(), leaves[:3])
+        by_token = other[0].stride(-1) == 1
+        for made, given in zip((out, *grads), (other[0], *other[:3]), strict=True):
+            assert made.stride() == (given if by_token else given.contiguous()).stride()
 
 
 def test_autocast_runs_in_its_dtype_and_returns_fp32_gradients():

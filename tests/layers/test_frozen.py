@@ -1,6 +1,8 @@
-"""The norms and gated FFNs of models with adapters: which are ours, and that nothing else shows."""
+"""The norms, gated FFNs and rotary positions of models with adapters: which are ours, and that
+nothing else shows."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -9,8 +11,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fusedpeft as fp
-from fusedpeft.layers import elementwise
-from fusedpeft.layers.elementwise import Faster, faster
+from fusedpeft.layers import frozen
+from fusedpeft.layers.frozen import Faster, faster
 from fusedpeft.ops.native import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="fusedpeft._C is not built")
@@ -42,12 +44,13 @@ IDS = torch.arange(20).view(2, 10) + 1
 @pytest.mark.parametrize(
     "kind, a_block, more",
     [
-        ("llama", 3, {}),
-        ("mistral", 3, {}),
-        ("qwen3", 5, {}),
-        ("gemma", 3, {}),
-        ("gemma3_text", 7, {}),
-        ("llama", 3, {"hidden_act": "gelu"}),
+        ("llama", 4, {}),
+        ("mistral", 4, {}),
+        ("qwen3", 6, {}),
+        ("gemma", 4, {}),
+        ("gemma3_text", 8, {}),
+        ("llama", 4, {"hidden_act": "gelu"}),
+        ("llama", 4, {"mlp_bias": True, "attention_bias": True}),
     ],
 )
 def test_models_compute_what_they_did(kind, a_block, more, monkeypatch):
@@ -64,22 +67,52 @@ def test_models_compute_what_they_did(kind, a_block, more, monkeypatch):
         return loss, logits, *torch.autograd.grad(loss, trained)
 
     got = run()
-    for name in ("rms_norm", "gated"):
-        monkeypatch.setattr(elementwise, name, lambda *_: None)
+    for name in CALLS:
+        monkeypatch.setattr(frozen, name, lambda *_: None)
     for a, b in zip(got, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     fp.detach(model)
     assert [type(m) for m in model.modules()] == classes
 
 
+CALLS = ("rms_norm", "gated", "gated_mlp", "rotary")
+
+
 def test_they_are_called(monkeypatch):
     calls = []
-    for name in ("rms_norm", "gated"):
-        real = getattr(elementwise, name)
+    for name in CALLS:
+        real = getattr(frozen, name)
         spy = lambda *args, name=name, real=real: calls.append(name) or real(*args)  # noqa: E731
-        monkeypatch.setattr(elementwise, name, spy)
-    fp.attach(built("llama"), fp.LoRA(rank=2))(IDS)
-    assert calls.count("rms_norm") == 5 and calls.count("gated") == 2
+        monkeypatch.setattr(frozen, name, spy)
+    model = fp.attach(built("llama"), fp.PromptTuning(length=3))
+    model(IDS)
+    assert [calls.count(name) for name in CALLS] == [5, 0, 2, 2]
+    calls.clear()
+    with torch.no_grad():  # gated_mlp is asked and leaves it
+        model(IDS)
+    assert [calls.count(name) for name in CALLS] == [5, 2, 2, 2]
+
+
+def test_an_attention_is_its_class_s_but_for_one_function():
+    from transformers.models.llama import modeling_llama
+
+    eager = modeling_llama.apply_rotary_pos_emb
+    model, plain = built("llama"), built("llama")
+    fp.attach(model, fp.LoRA(rank=2))
+    own, theirs = model.model.layers[0].self_attn, plain.model.layers[0].self_attn
+    assert modeling_llama.apply_rotary_pos_emb is eager
+    assert inspect.signature(own.forward) == inspect.signature(theirs.forward)
+    assert faster(modeling_llama.LlamaAttention) is type(own) and type(own) is not type(theirs)
+    x, position = torch.randn(2, 3, 32), torch.arange(3).unsqueeze(0)
+    embeddings = plain.model.rotary_emb(x, position)
+    got, want = (m(x, position_embeddings=embeddings, attention_mask=None) for m in (own, theirs))
+    torch.testing.assert_close(got[0], want[0])
+    with torch.no_grad():  # a cache under either of its names, which a decorator tells apart
+        ids = IDS[:, :4]
+        for m in (model, plain):
+            cache = m(ids, use_cache=True).past_key_values
+            m.after = m(IDS[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(model.after, plain.after)
 
 
 def test_copies_and_pickles_carry_their_own_weights():
@@ -114,6 +147,14 @@ def test_classes_that_compute_something_else_stay():
         assert faster(kind) is None
     assert faster(modeling_llama.LlamaRMSNorm).__name__ == "LlamaRMSNorm"
     assert faster(nn.LayerNorm) is None and faster(modeling_llama.LlamaDecoderLayer) is None
+    from transformers.models.cohere import modeling_cohere
+    from transformers.models.glm import modeling_glm
+
+    for kind in (
+        modeling_cohere.CohereAttention,
+        modeling_glm.GlmAttention,
+    ):  # of pairs
+        assert faster(kind) is None
 
 
 def test_hooks_keywords_and_other_activations_go_the_usual_way():
