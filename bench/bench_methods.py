@@ -19,8 +19,8 @@ modules and 1.10 of the bare model generating.
 from __future__ import annotations
 
 import copy
+import functools
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -208,73 +208,98 @@ def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm:
 
 
 def _build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None) -> Case:
+    models = _models(spec, device)
+    floor, step = FLOORS[spec.method, spec.what], spec.what == "step"
+    names = ["fusedpeft", floor]
+    if step:
+        names[1:1] = ["fusedpeft + loss"]
+    elif spec.method == "bottleneck":
+        names[1:1] = ["modules"]
+    if spec.method == "lora":
+        names += ["accelerated"]
+    weights = sum(p.numel() for p in models[0].parameters())
+    size = torch.empty(0, dtype=spec.dtype).itemsize
+    rows, tokens, new = SHAPES[spec.model][6:]
+    if step:
+        work = (4.0 * rows * tokens * weights, 2.0 * weights * size)
+    else:
+        work = (2.0 * rows * (tokens + new) * weights, float((1 + new) * weights * size))
+    with torch.set_grad_enabled(step):
+        expected = _expected(spec, device, models)
+    entries = [
+        Impl(n, lambda _, n=n: _call(spec, device, n, *models), expected[n == "bare model"], *work)
+        for n in names
+        if n in (*(impls or ALL), floor)
+    ]
+    apart = functools.partial(contestant, spec, device)
+    return Case("methods", spec.name, spec.dtype, device, entries, floor, grad=step, apart=apart)
+
+
+def contestant(spec: Spec, device: torch.device, name: str) -> Call:
+    """One of a case's calls, the same in every process."""
+    return _call(spec, device, name, *_models(spec, device))
+
+
+def _models(spec: Spec, device: torch.device) -> tuple[nn.Module, nn.Module]:
     base = _llama(spec, device)
-    ours = _ours(spec, base)
+    return base, _ours(spec, base)
+
+
+def _call(spec: Spec, device: torch.device, name: str, base: nn.Module, ours: nn.Module) -> Call:
+    model, prefix, step = base, None, spec.what == "step"
+    if name.startswith("fusedpeft"):
+        model = copy.deepcopy(ours)
+    elif name == "modules":
+        model = _modules(ours, base)
+    elif name in ("peft", "accelerated"):
+        model = _peft(ours, base)
+    if name == "accelerated":
+        fp.accelerate(model)
+    if name == "fusedpeft + loss":
+        fp.fuse_loss(model)
+    if name == "in the cache":
+        pairs = split(flat_prefix(ours, "default"), shape_of(base))
+        prefix = torch.stack([t for pair in pairs for t in pair]).to(spec.dtype)
+    return _of_model(spec, device, model.train(step), prefix, name == "peft")
+
+
+def _of_model(
+    spec: Spec, device: torch.device, model: nn.Module, prefix: Tensor | None, peft: bool
+) -> Call:
     vocab, rows, tokens, new = SHAPES[spec.model][5:]
     gen = torch.Generator(device=device).manual_seed(1)
     ids = torch.randint(0, vocab, (rows, tokens + new), generator=gen, device=device)
     ids, following = ids.split((tokens, new), 1)
-    floor = FLOORS[spec.method, spec.what]
-    weights = sum(p.numel() for p in base.parameters())
-    size = torch.empty(0, dtype=spec.dtype).itemsize
-    made: dict[str, Callable[[], Call]]
-    if spec.what == "step":
-        labels = ids.clone()
-        labels[:, : tokens // 4] = -100  # the prompt; PEFT would also count the first token
-        made, expected = _steps(spec, base, ours, ids, labels)
-        work = (4.0 * rows * tokens * weights, 2.0 * weights * size)
+    if spec.what != "step":
+        return _generate(model, ids, following, prefix)
+    labels = ids.clone()
+    labels[:, : tokens // 4] = -100  # the prompt; PEFT would also count the first token
+    in_one = shape_of(model.get_base_model()) if peft and spec.method == "prefix" else None
+    return _step(model, ids, labels, in_one=in_one)
+
+
+def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expected]:
+    """What all compute, and the bare model."""
+    base, ours = models
+    names = ("loss", "first gradient", "last gradient") if spec.what == "step" else ("logits",)
+    peft, prefix = False, None
+    if spec.method == "bottleneck":
+        theirs = _modules(ours, base)
+    elif spec.what == "step":
+        theirs, peft = _peft(ours, base), True
     else:
-        made, expected = _generations(spec, base, ours, ids, following)
-        work = (2.0 * rows * (tokens + new) * weights, float((1 + new) * weights * size))
-    entries = [
-        Impl(name, lambda _, m=m: m(), expected[name], *work)
-        for name, m in made.items()
-        if name in (*(impls or ALL), floor)
-    ]
-    grad = spec.what == "step"
-    return Case("methods", spec.name, spec.dtype, device, entries, floor, grad=grad, settled=True)
+        theirs = base
+        pairs = split(flat_prefix(ours, "default"), shape_of(base))
+        prefix = torch.stack([t for pair in pairs for t in pair])
 
+    def of(model: nn.Module) -> Expected:
+        made = []
+        for dtype in (torch.float64, spec.dtype):
+            own = copy.deepcopy(model).to(dtype).train(spec.what == "step")
+            first = None if prefix is None else prefix.to(dtype)
+            value = _of_model(spec, device, own, first, peft)()
+            made.append(value if isinstance(value, tuple) else (value,))
+        return Expected(names, *made)
 
-def _steps(spec, base, ours, ids, labels) -> tuple[dict, dict]:
-    theirs = (_modules if spec.method == "bottleneck" else _peft)(ours, base)
-    floor = FLOORS[spec.method, "step"]
-    in_one = shape_of(base) if spec.method == "prefix" else None
-    fused = fp.fuse_loss(copy.deepcopy(ours))
-    made = {
-        "fusedpeft": lambda: _step(ours.train(), ids, labels),
-        "fusedpeft + loss": lambda: _step(fused.train(), ids, labels),
-        floor: lambda: _step(theirs.train(), ids, labels, in_one=in_one),
-    }
-    if spec.method == "lora":
-        swapped = copy.deepcopy(theirs)
-        fp.accelerate(swapped)
-        made["accelerated"] = lambda: _step(swapped.train(), ids, labels)
-    wide = _step(copy.deepcopy(theirs).double(), ids, labels, in_one=in_one)()
-    low = _step(theirs, ids, labels, in_one=in_one)()
-    expected = Expected(("loss", "first gradient", "last gradient"), wide, low)
-    return made, dict.fromkeys(made, expected)
-
-
-def _generations(spec, base, ours, ids, new) -> tuple[dict, dict]:
-    floor, names = FLOORS[spec.method, "generate"], ("logits",)
-    base, ours = base.eval(), ours.eval()
-    with torch.no_grad():
-        if spec.method == "prefix":
-            pairs = split(flat_prefix(ours, "default"), shape_of(base))
-            prefix = torch.stack([t for pair in pairs for t in pair])
-            made = {floor: lambda: _generate(base, ids, new, prefix.to(spec.dtype))}
-            wide = _generate(copy.deepcopy(base).double(), ids, new, prefix.double())()
-            low = _generate(base, ids, new, prefix.to(spec.dtype))()
-        else:
-            eager = _modules(ours, base).eval()
-            made = {
-                "modules": lambda: _generate(eager, ids, new),
-                floor: lambda: _generate(base, ids, new),
-            }
-            wide = _generate(copy.deepcopy(eager).double(), ids, new)()
-            low = _generate(eager, ids, new)()
-        expected = dict.fromkeys(("fusedpeft", *made), Expected(names, (wide,), (low,)))
-        if spec.method == "bottleneck":
-            alone = (_generate(m, ids, new)() for m in (copy.deepcopy(base).double(), base))
-            expected[floor] = Expected(names, *((t,) for t in alone))
-    return {"fusedpeft": lambda: _generate(ours, ids, new), **made}, expected
+    bare = of(base) if (spec.method, spec.what) == ("bottleneck", "generate") else None
+    return of(theirs), bare

@@ -8,16 +8,19 @@ together exceed twice the last-level cache, as the layers of a model do in decod
 of several times the L2 is overwritten before each call. Times: perf_counter_ns around a call on a
 CPU, events around it on CUDA. Reported: the median with the 20th and 80th percentile.
 
-A whole model is `settled`: its steps follow its own, as in a training loop. Else a small one pays
-for a large neighbour, after which the allocator has given its pages back to the system.
+Whole models stand `apart` on a CPU, each in a process of its own, where it is timed in turns with
+the others all the same: in one process they share an allocator, and what one has freed decides
+whether the next one's memory comes from the system anew, page by page.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +78,9 @@ class Case:
     floor: str  # the implementation that `ratio` is taken against
     sets: int = 1
     grad: bool = False  # recorded for autograd, or run as under torch.no_grad()
-    settled: bool = False  # before each timed call one of the same contestant, untimed
     missing: dict[str, str] = field(default_factory=dict)  # peer -> why it is not here
+    # name -> its call, to be pickled: on a CPU each contestant is timed in a process of its own.
+    apart: Callable[[str], Call] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,48 @@ def captured(call: Call) -> Call:
     return replay
 
 
+class Apart:
+    """A contestant in a process of its own; calling it returns the nanoseconds that a call took."""
+
+    def __init__(self, build: Callable[[str], Call], name: str, grad: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.conn, theirs = context.Pipe()
+        args = (theirs, build, name, grad, torch.get_num_threads())
+        self.process = context.Process(target=_time_on_request, args=args, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __call__(self) -> int:
+        try:
+            self.conn.send(None)
+            return self.conn.recv()
+        except (EOFError, BrokenPipeError):
+            raise RuntimeError("bench: a contestant's process ended; see above") from None
+
+    def close(self) -> None:
+        self.conn.close()
+        self.process.join()
+
+
+def _time_on_request(conn, build: Callable[[str], Call], name: str, grad: bool, threads: int):
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    with torch.set_grad_enabled(grad):
+        call = build(name)
+        gc.collect()
+        gc.disable()
+        while True:
+            try:
+                conn.recv()
+            except EOFError:
+                return
+            start = time.perf_counter_ns()
+            result = call()
+            stop = time.perf_counter_ns()
+            del result
+            conn.send(stop - start)
+
+
 class Clock:
     """Times single calls on one device; `now` replaces the CPU's clock in tests."""
 
@@ -209,9 +255,10 @@ class Clock:
         self.pending: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self.times_us: dict[str, list[float]] = {}
 
-    def call(self, name: str, fn: Call, settled: bool = False) -> None:
-        if settled:
-            fn()
+    def call(self, name: str, fn: Call) -> None:
+        if isinstance(fn, Apart):
+            self.times_us.setdefault(name, []).append(fn() / 1e3)
+            return
         if not self.cuda:
             start = self.now()
             result = fn()
@@ -268,12 +315,15 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
         errors[impl.name] = check(label, got, impl.expected, peer=impl.name in PEERS)
     names = [impl.name for impl in case.impls]
     peaks = {n: peak_bytes(eager[n], case.device) for n in names}
+    apart = case.apart if case.device.type == "cpu" else None
+    if apart is not None:
+        calls = {name: [Apart(apart, name, case.grad)] * case.sets for name in names}
     turn = 0
 
     def one_round(round_: int) -> None:
         nonlocal turn
         for name in order(names, round_):
-            clock.call(name, calls[name][turn % case.sets], case.settled)
+            clock.call(name, calls[name][turn % case.sets])
             turn += 1
         clock.collect()
 
@@ -295,6 +345,8 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
     finally:
         if was_enabled:
             gc.enable()
+        for name in names if apart is not None else ():
+            calls[name][0].close()
     result = []
     for name in names:
         taken = sorted(clock.times_us[name])

@@ -1,5 +1,7 @@
 """The bench of whole models with each method on them, from the outside: a tiny model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,9 +21,21 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureW
 def test_every_contestant_is_right(method, what, dtype):
     pytest.importorskip("peft", reason="peft is not installed")
     case = bench.build(bench.Spec(method, what, "tiny", dtype), CPU, None, warm=True)
-    found = {t.name for t in run_case(case, seconds=0.0, min_rounds=2)}
+    found = {t.name for t in run_case(replace(case, apart=None), seconds=0.0, min_rounds=2)}
     assert {"fusedpeft", case.floor} <= found <= set(bench.ALL)
     assert ("accelerated" in found) == (method == "lora")
+
+
+def test_each_is_timed_in_a_process_of_its_own():
+    spec = bench.Spec("bottleneck", "step", "tiny", torch.float32)
+    case = bench.build(spec, CPU, ("fusedpeft",), warm=True)
+    assert all(t.median_us > 0 and t.rounds == 2 for t in run_case(case, seconds=0, min_rounds=2))
+    with pytest.raises(RuntimeError, match="a contestant's process ended"):
+        run_case(replace(case, apart=fails), seconds=0, min_rounds=2)
+
+
+def fails(name: str):
+    raise SystemExit(0)
 
 
 def test_a_wrong_adapter_is_seen(monkeypatch):
