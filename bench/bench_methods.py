@@ -294,10 +294,9 @@ def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expec
 
     def of(model: nn.Module) -> Expected:
         made = []
-        for dtype in (torch.float64, spec.dtype):
-            own = copy.deepcopy(model).to(dtype).train(spec.what == "step")
-            first = None if prefix is None else prefix.to(dtype)
-            value = _of_model(spec, device, own, first, peft)()
+        for own in (copy.deepcopy(model).double(), model):
+            first = None if prefix is None else prefix.to(next(own.parameters()).dtype)
+            value = _of_model(spec, device, own.train(spec.what == "step"), first, peft)()
             made.append(value if isinstance(value, tuple) else (value,))
         return Expected(names, *made)
 

@@ -212,7 +212,7 @@ class Apart:
         try:
             self.conn.send(None)
             return self.conn.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, OSError):
             raise RuntimeError("bench: a contestant's process ended; see above") from None
 
     def close(self) -> None:
