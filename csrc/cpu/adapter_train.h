@@ -293,7 +293,7 @@ struct AdapterTrainCall {
     const int64_t vectors = width / kWidth;
     const auto run = tile_of(vectors);
     for (int64_t i = 0; i < ep(); i += kTileRows)  // the last rows may be none of E's
-      run(factors + i, 1, ep(), panel, width, rows, to + i * kTileColumns, kTileColumns, fresh);
+      run(factors + i, 1, ep(), panel, rows, to + i * kTileColumns, kTileColumns, fresh);
   }
 
   void by_columns(int64_t thread, int64_t team) const {

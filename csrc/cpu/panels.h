@@ -21,16 +21,16 @@ void store_as(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_float(from[i], to + i);
 }
 
-// out[r, c] (+)= sum over k of a[r * sr + k * sk] * b[k * sb + c], of kTileRows rows and NV vectors.
+// out[r, c] (+)= sum over k of a[r * sr + k * sk] * b[k, c], of kTileRows rows and NV vectors.
 template <int NV, int64_t chain = kChain>
-__attribute__((noinline)) void tile(const float* a, int64_t sr, int64_t sk, const float* b, int64_t sb,
-                                    int64_t k, float* out, int64_t so, bool fresh) {
+__attribute__((noinline)) void tile(const float* a, int64_t sr, int64_t sk, const float* b, int64_t k,
+                                    float* out, int64_t so, bool fresh) {
   for (int64_t i = 0; i < k;) {
     F sums[kTileRows][NV] = {};
     for (const int64_t stop = min_of(i + chain, k); i < stop; ++i) {
       F row[NV];
 #pragma GCC unroll 4
-      for (int n = 0; n < NV; ++n) row[n] = at(b + i * sb + n * kWidth);
+      for (int n = 0; n < NV; ++n) row[n] = at(b + (i * NV + n) * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
         const F factor = all(a[r * sr + i * sk]);
@@ -96,7 +96,7 @@ struct Packed {
     const int64_t vectors = columns.width(i) / kWidth;
     const auto run = tile_of(vectors);
     for (int64_t r = 0; r < rows; r += kTileRows)
-      run(a + r * sa, sa, 1, block(i), vectors * kWidth, k, out + r * so, so, true);
+      run(a + r * sa, sa, 1, block(i), k, out + r * so, so, true);
   }
 };
 

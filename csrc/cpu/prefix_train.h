@@ -2,9 +2,8 @@
 // file for each instruction set.
 //
 // Keys go in blocks, packed once for all queries of a row and head as the products want them, the
-// prefix's blocks first; queries in blocks too, each against the blocks that one of them sees, and of
-// those as far as a few queries see. Forward keeps a running maximum and sum. Backward has P again from
-// the logsumexp:
+// prefix's blocks first; queries in blocks too, each against the blocks that one of them sees. Forward
+// keeps a running maximum and sum. Backward has P again from the logsumexp:
 //   dV += P^T dO, dP = dO V^T, dS = P (dP - delta), dQ += dS K, dK += dS^T Q,  delta = dO . O - dlse
 // A thread has heads of k of its own, and of a head all rows in their order: no two add to the same
 // gradient, and no sum depends on the threads. (Dao 2023, "FlashAttention-2", section 3.1.)
@@ -28,26 +27,14 @@ FUSEDPEFT_INLINE float largest(F v) {
   return v[0];
 }
 
-// Of a product what kTileRows rows take part in: k from begin to end, and the first columns.
-struct Extent {
-  int64_t begin, end, columns;
-};
-
-// out[rows, columns] (+)= sum over k of a[r * sr + k * sk] * b[k, c]; rows are rounded up, columns to
-// vectors. extent(r): of rows r..; where it is empty out is left.
-template <class Of>
-void product(const Packed& b, const float* a, int64_t sr, int64_t sk, int64_t rows, float* out,
-             int64_t so, bool fresh, Of extent) {
-  for (int64_t i = 0; i < b.columns.blocks; ++i)
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      const Extent e = extent(r);
-      const int64_t first = b.columns.begin(i), width = b.columns.width(i);
-      const int64_t columns = min_of(width, round_up(e.columns, kWidth) - first);
-      if (columns <= 0 || e.begin >= e.end) continue;
-      const auto run = tile_of<kShort>(columns / kWidth);
-      run(a + r * sr + e.begin * sk, sr, sk, b.block(i) + e.begin * width, width, e.end - e.begin,
-          out + r * so + first, so, fresh);
-    }
+// out[rows, columns] (+)= sum over k of a[r * sr + k * sk] * b[k, c]; rows are rounded up.
+inline void product(const Packed& b, const float* a, int64_t sr, int64_t sk, int64_t rows, float* out,
+                    int64_t so, bool fresh) {
+  for (int64_t i = 0; i < b.columns.blocks; ++i) {
+    const auto run = tile_of<kShort>(b.columns.width(i) / kWidth);
+    for (int64_t r = 0; r < rows; r += kTileRows)
+      run(a + r * sr, sr, sk, b.block(i), b.k, out + r * so + b.columns.begin(i), so, fresh);
+  }
 }
 
 template <class T>
@@ -130,30 +117,6 @@ struct PrefixTrainCall {
       fn(blocks_of_prefix + at / kBlockKeys, min_of(kBlockKeys, a.s - at), at);
   }
 
-  // How many of a block's keys, which begin at `at` (-1: the prefix's), some of kTileRows queries see,
-  // for each so many of rows' that begin at `first`; at least one.
-  struct Reach {
-    int64_t keys[ceil_div(kBlockQueries, kTileRows)];
-
-    Extent rows(int64_t r, int64_t depth) const { return {0, depth, keys[r / kTileRows]}; }
-    Extent depth(int64_t r, int64_t columns) const { return {0, keys[r / kTileRows], columns}; }
-    // Of keys r.. the queries from the first that sees one.
-    Extent queries(int64_t r, int64_t count, int64_t columns) const {
-      int64_t begin = 0;
-      while (begin < count && keys[begin / kTileRows] <= r) begin += kTileRows;
-      return {begin, count, columns};
-    }
-  };
-  Reach reach(int64_t first, int64_t rows, int64_t count, int64_t at) const {
-    Reach of;
-    for (int64_t r = 0; r < rows; r += kTileRows) {
-      int64_t low, high = count;
-      if (at >= 0) seen(first + r, first + min_of(r + kTileRows, rows) - 1, &low, &high), high -= at;
-      of.keys[r / kTileRows] = high < 1 ? 1 : min_of(high, count);
-    }
-    return of;
-  }
-
   // s of queries first.. (rows of them) against `count` keys from `at` on (-1: of the prefix): the
   // mask added, and -inf for what is not seen.
   void hide(int64_t b, int64_t h, int64_t first, int64_t rows, int64_t count, int64_t at) const {
@@ -192,9 +155,7 @@ struct PrefixTrainCall {
     for (int64_t i = 0; i < kBlockQueries * dp; i += kWidth) put(a.scale * at(q + i), q + i);
     for (float& one : most) one = kNone;
     each_block(prefix, true, t, t + rows - 1, [&](int64_t j, int64_t count, int64_t first) {
-      const Reach of = reach(t, rows, count, first);
-      const auto scores = [&](int64_t r) { return of.rows(r, a.d); };
-      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true, scores);
+      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true);
       hide(b, h, t, rows, count, first);
       for (int64_t r = 0; r < rows; ++r) {
         float* row = s + r * kBlockKeys;
@@ -215,8 +176,7 @@ struct PrefixTrainCall {
           put(p, row + c);
         }
       }
-      product(rows_packed(block(v, j), kBlockKeys), s, kBlockKeys, 1, rows, o, dp, fresh,
-              [&](int64_t r) { return of.depth(r, dp); });
+      product(rows_packed(block(v, j), kBlockKeys), s, kBlockKeys, 1, rows, o, dp, fresh);
       fresh = false;
     });
     for (int64_t r = 0; r < rows; ++r) {
@@ -292,29 +252,21 @@ struct PrefixTrainCall {
     }
     bool fresh = true;
     each_block(prefix, a.dq.data, t, t + rows - 1, [&](int64_t j, int64_t count, int64_t first) {
-      const Reach of = reach(t, rows, count, first);
-      const auto scores = [&](int64_t r) { return of.rows(r, a.d); };
-      const auto queries = [&](int64_t r) { return of.queries(r, rows, dp); };
-      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true, scores);
-      product(keys_packed(block(vt, j)), o, dp, 1, rows, ds, kBlockKeys, true, scores);
+      product(keys_packed(block(kt, j)), q, dp, 1, rows, s, kBlockKeys, true);
+      product(keys_packed(block(vt, j)), o, dp, 1, rows, ds, kBlockKeys, true);
       hide(b, h, t, rows, count, first);
-      for (int64_t r = 0; r < rows; ++r) {
-        float *of_s = s + r * kBlockKeys, *of_ds = ds + r * kBlockKeys;
-        const int64_t made = round_up(scores(r).columns, kWidth);
-        for (int64_t i = 0; i < made; i += kWidth) {
-          const F p = exp_of(at(of_s + i) - lse[r]);
-          put(p, of_s + i);
-          put(p * (at(of_ds + i) - delta[r]), of_ds + i);
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t i = r * kBlockKeys; i < (r + 1) * kBlockKeys; i += kWidth) {
+          const F p = exp_of(at(s + i) - lse[r]);
+          put(p, s + i);
+          put(p * (at(ds + i) - delta[r]), ds + i);
         }
-        for (int64_t i = made; i < kBlockKeys; i += kWidth) put(F{}, of_s + i), put(F{}, of_ds + i);
-      }
       if (first >= 0 || a.dpk) {
-        product(by_o, s, 1, kBlockKeys, kBlockKeys, block(dv, j), dp, false, queries);
-        product(by_q, ds, 1, kBlockKeys, kBlockKeys, block(dk, j), dp, false, queries);
+        product(by_o, s, 1, kBlockKeys, kBlockKeys, block(dv, j), dp, false);
+        product(by_q, ds, 1, kBlockKeys, kBlockKeys, block(dk, j), dp, false);
       }
       if (a.dq.data)
-        product(rows_packed(block(k, j), kBlockKeys), ds, kBlockKeys, 1, rows, dq, dp, fresh,
-                [&](int64_t r) { return of.depth(r, dp); });
+        product(rows_packed(block(k, j), kBlockKeys), ds, kBlockKeys, 1, rows, dq, dp, fresh);
       fresh = false;
     });
     for (int64_t r = 0; a.dq.data && r < rows; ++r) {
