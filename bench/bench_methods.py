@@ -12,6 +12,8 @@ what PEFT does with one: keys and values copied into every row's cache. (Its own
 contestant: with transformers 5.24 the prefix is lost on the way.) Bottleneck adapters are held
 against the bare model, whose time they should not add to.
 
+On a CPU each model has a process of its own, as where it is trained (see harness.py).
+
 Bars on a CPU: LoRA 0.9 of PEFT, prefix 0.8 and 0.9 generating, prompt 1.0, bottleneck 0.9 of the
 modules and 1.10 of the bare model generating.
 """

@@ -163,7 +163,9 @@ def _rotary_forward(kind: type):
 
     @wraps(given)
     def forward(self, *args, **kwargs):
-        return (given if torch.compiler.is_compiling() else ours)(self, *args, **kwargs)
+        patched = inner.__globals__[_ROTARY] is not eager  # by other kernels, since then
+        own = patched or torch.compiler.is_compiling()
+        return (given if own else ours)(self, *args, **kwargs)
 
     return forward
 

@@ -117,12 +117,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         and all([t.stride(-1) == 1 for t in given])
     ):
         return None
-    if torch.is_grad_enabled():
-        if cos.requires_grad or sin.requires_grad:
-            return None
-        if q.requires_grad or k.requires_grad:
-            return _Rotary.apply(q, k, cos, sin)
-    return _turn(q, cos, sin, False), _turn(k, cos, sin, False)
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return None
+    return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
 
 def _runs_here(tensors: tuple[Tensor, ...]) -> bool:
@@ -159,6 +156,12 @@ def _gate(
         0 if dup is None else dup.data_ptr(), gate.numel(), GATES[activation][0],
         DTYPE_CODES[gate.dtype],
     )  # fmt: skip
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Rotary.apply(x, cos, sin)
+    return _turn(x, cos, sin, False)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
@@ -249,21 +252,16 @@ class _GatedMlp(torch.autograd.Function):
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(q, cos, sin, False), _turn(k, cos, sin, False)
+        return _turn(x, cos, sin, False)
 
     @staticmethod
-    def backward(ctx, *dys: Tensor | None):
+    def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
-        return *(_Rotary.one(ctx, i, dy, cos, sin) for i, dy in enumerate(dys)), None, None
-
-    @staticmethod
-    def one(ctx, i: int, dy: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor | None:
-        if dy is None or not ctx.needs_input_grad[i]:
-            return None
         if twice.asked():  # linear: any x does
             x = torch.zeros_like(dy).requires_grad_()
-            return twice.gradients(lambda x: rotary_ref(x, cos, sin), (x,), (True,), dy)[0]
-        return _turn(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, True)
+            (dx,) = twice.gradients(lambda x: rotary_ref(x, cos, sin), (x,), (True,), dy)
+        else:
+            dx = _turn(dy if dy.stride(-1) == 1 else dy.contiguous(), cos, sin, True)
+        return dx, None, None

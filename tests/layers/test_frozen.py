@@ -107,6 +107,10 @@ def test_an_attention_is_its_class_s_but_for_one_function():
     embeddings = plain.model.rotary_emb(x, position)
     got, want = (m(x, position_embeddings=embeddings, attention_mask=None) for m in (own, theirs))
     torch.testing.assert_close(got[0], want[0])
+    with pytest.MonkeyPatch.context() as patch:  # other kernels, put in since then
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *_: (q, k))
+        bare = own(x, position_embeddings=embeddings, attention_mask=None)[0]
+        assert not torch.allclose(bare, want[0])
     with torch.no_grad():  # a cache under either of its names, which a decorator tells apart
         ids = IDS[:, :4]
         for m in (model, plain):

@@ -162,6 +162,7 @@ def test_rotary_one_gradient_twice_and_what_it_leaves():
     got = penalty(lambda q: rotary(q, k, cos, sin)[0])
     torch.testing.assert_close(got, penalty(lambda q: rotary_ref(q, cos, sin)))
     assert not rotary(q, k, cos, sin)[0].requires_grad
+    assert [t.requires_grad for t in rotary(one, k, cos, sin)] == [True, False]
     wide = normal(2, 2, 5, 16)
     left = {
         "odd D": tuple(t[..., :7] for t in (q, k, cos, sin)),
