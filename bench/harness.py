@@ -1,4 +1,4 @@
-"""Times several implementations of one case in one process, each proven right before it is timed.
+"""Times several implementations of one case in turns, each proven right before it is timed.
 
 One case goes: build `sets` copies of the weights, build every implementation over every copy, check
 each against float64, warm up, then rounds. A round calls every implementation once; the order is
