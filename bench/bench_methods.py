@@ -160,6 +160,12 @@ def _after(module: nn.Module, args: tuple, output):
     return module.adapter(output)
 
 
+def _prefix_of(ours: nn.Module) -> Tensor:
+    """[2 · layers, HKV, P, D]"""
+    pairs = split(flat_prefix(ours, "default"), shape_of(ours))
+    return torch.stack([t for pair in pairs for t in pair])
+
+
 # --- what is timed ------------------------------------------------------------------------------
 
 
@@ -212,13 +218,11 @@ def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm:
 def _build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None) -> Case:
     models = _models(spec, device)
     floor, step = FLOORS[spec.method, spec.what], spec.what == "step"
-    names = ["fusedpeft", floor]
-    if step:
-        names[1:1] = ["fusedpeft + loss"]
-    elif spec.method == "bottleneck":
-        names[1:1] = ["modules"]
-    if spec.method == "lora":
-        names += ["accelerated"]
+    names = ["fusedpeft"]
+    names += ["fusedpeft + loss"] if step else []
+    names += ["modules"] if floor == "bare model" else []
+    names += [floor]
+    names += ["accelerated"] if spec.method == "lora" else []
     weights = sum(p.numel() for p in models[0].parameters())
     size = torch.empty(0, dtype=spec.dtype).itemsize
     rows, tokens, new = SHAPES[spec.model][6:]
@@ -260,8 +264,7 @@ def _call(spec: Spec, device: torch.device, name: str, base: nn.Module, ours: nn
     if name == "fusedpeft + loss":
         fp.fuse_loss(model)
     if name == "in the cache":
-        pairs = split(flat_prefix(ours, "default"), shape_of(base))
-        prefix = torch.stack([t for pair in pairs for t in pair]).to(spec.dtype)
+        prefix = _prefix_of(ours).to(spec.dtype)
     return _of_model(spec, device, model.train(step), prefix, name == "peft")
 
 
@@ -280,7 +283,7 @@ def _of_model(
     return _step(model, ids, labels, in_one=in_one)
 
 
-def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expected]:
+def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expected | None]:
     """What all compute, and the bare model."""
     base, ours = models
     names = ("loss", "first gradient", "last gradient") if spec.what == "step" else ("logits",)
@@ -291,8 +294,7 @@ def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expec
         theirs, peft = _peft(ours, base), True
     else:
         theirs = base
-        pairs = split(flat_prefix(ours, "default"), shape_of(base))
-        prefix = torch.stack([t for pair in pairs for t in pair])
+        prefix = _prefix_of(ours)
 
     def of(model: nn.Module) -> Expected:
         made = []
@@ -302,5 +304,5 @@ def _expected(spec: Spec, device: torch.device, models) -> tuple[Expected, Expec
             made.append(value if isinstance(value, tuple) else (value,))
         return Expected(names, *made)
 
-    bare = of(base) if (spec.method, spec.what) == ("bottleneck", "generate") else None
+    bare = of(base) if FLOORS[spec.method, spec.what] == "bare model" else None
     return of(theirs), bare

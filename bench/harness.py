@@ -208,12 +208,16 @@ class Apart:
         self.process.start()
         theirs.close()
 
-    def __call__(self) -> int:
+    def wait(self) -> int:
+        """Until it is built, for 0, or what a call took."""
         try:
-            self.conn.send(None)
             return self.conn.recv()
         except (EOFError, OSError):
             raise RuntimeError("bench: a contestant's process ended; see above") from None
+
+    def __call__(self) -> int:
+        self.conn.send(None)
+        return self.wait()
 
     def close(self) -> None:
         self.conn.close()
@@ -227,6 +231,7 @@ def _time_on_request(conn, build: Callable[[str], Call], name: str, grad: bool, 
         call = build(name)
         gc.collect()
         gc.disable()
+        conn.send(0)
         while True:
             try:
                 conn.recv()
@@ -316,8 +321,6 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
     names = [impl.name for impl in case.impls]
     peaks = {n: peak_bytes(eager[n], case.device) for n in names}
     apart = case.apart if case.device.type == "cpu" else None
-    if apart is not None:
-        calls = {name: [Apart(apart, name, case.grad)] * case.sets for name in names}
     turn = 0
 
     def one_round(round_: int) -> None:
@@ -329,7 +332,11 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
 
     was_enabled = gc.isenabled()
     gc.disable()
+    processes = {} if apart is None else {n: Apart(apart, n, case.grad) for n in names}
     try:
+        for name, process in processes.items():  # they are built side by side
+            process.wait()
+            calls[name] = [process] * case.sets
         start = time.perf_counter()
         one_round(0)
         if time.perf_counter() - start > SLOW_ROUND_S:
@@ -345,8 +352,8 @@ def _run_case(case: Case, seconds: float, min_rounds: int, clock: Clock) -> list
     finally:
         if was_enabled:
             gc.enable()
-        for name in names if apart is not None else ():
-            calls[name][0].close()
+        for process in processes.values():
+            process.close()
     result = []
     for name in names:
         taken = sorted(clock.times_us[name])

@@ -128,8 +128,8 @@ void gated(Address gate, Address up, Address dy, Address out, Address dup, int64
               dtype});
 }
 
-void rotary(Address x, Strides sx, Address cos, Strides sc, Address sin, Strides ss, Address out, Strides so,
-            int64_t b, int64_t h, int64_t t, int64_t d, bool backward, int dtype) {
+void rotary(Address x, Strides sx, Address cos, Strides sc, Address sin, Strides ss, Address out,
+            Strides so, int64_t b, int64_t h, int64_t t, int64_t d, bool backward, int dtype) {
   check(b * h * t == 0 || (x && cos && sin && out),
         "x, cos, sin, out: expected addresses, got null");
   py::gil_scoped_release release;

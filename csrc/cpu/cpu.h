@@ -97,8 +97,7 @@ struct RmsNorm {
 void rms_norm(const RmsNorm& a);
 
 // out[count] = act(gate) * up, or with dy the gradients: of gate in out, which may be dy, of up in
-// dup. Everything is
-// of dtype; the activation is kGelu, kGeluTanh or kSilu.
+// dup. Everything is of dtype; the activation is kGelu, kGeluTanh or kSilu.
 struct Gated {
   const void *gate, *up, *dy;
   void *out, *dup;

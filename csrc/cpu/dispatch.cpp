@@ -87,7 +87,8 @@ const Level* levels(int* count) {
                                portable::dropout, portable::prefix_decode, portable::multi_lora,
                                portable::adapter_train, portable::prefix_train,
                                portable::dequantise, portable::decode_quantised,
-                               portable::rms_norm, portable::gated, portable::rotary, portable::softmax}};
+                               portable::rms_norm, portable::gated, portable::rotary,
+                               portable::softmax}};
 #endif
   *count = sizeof all / sizeof *all;
   return all;

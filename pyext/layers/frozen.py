@@ -93,12 +93,14 @@ def _same(kind: type, model: type, name: str) -> bool:
     own, other = getattr(kind, name, None), getattr(model, name)
     if not isinstance(own, FunctionType) or own.__closure__ or own.__defaults__:
         return False
-    return _same_code(own, other, own.__code__.co_consts, other.__code__.co_consts)
+    return _same_code(own, other)
 
 
-def _same_code(own: FunctionType, other: FunctionType, *consts: tuple) -> bool:
+def _same_code(own: FunctionType, other: FunctionType) -> bool:
+    """Whatever their docstrings say."""
     codes = (own.__code__, other.__code__)
     one, two = ((c.co_code, c.co_names, c.co_argcount, c.co_flags) for c in codes)
+    consts = [f.__code__.co_consts[1 if f.__doc__ else 0 :] for f in (own, other)]
     of_torch = own.__globals__.get("torch") is other.__globals__.get("torch")
     return one == two and consts[0] == consts[1] and of_torch
 
@@ -151,7 +153,10 @@ def _rotary_forward(kind: type):
         return None
     for name in (_ROTARY, _HALF):
         found = inner.__globals__.get(name)
-        if not isinstance(found, FunctionType) or not _same_function(found, vars(_llama())[name]):
+        known = vars(_llama())[name]
+        if not isinstance(found, FunctionType) or found.__defaults__ != known.__defaults__:
+            return None
+        if not _same_code(found, known):
             return None
     eager = inner.__globals__[_ROTARY]
 
@@ -168,13 +173,6 @@ def _rotary_forward(kind: type):
         return (given if own else ours)(self, *args, **kwargs)
 
     return forward
-
-
-def _same_function(own: FunctionType, other: FunctionType) -> bool:
-    """As `_same`, whatever their docstrings say."""
-    consts = [f.__code__.co_consts for f in (own, other)]
-    parts = [c[1:] if f.__doc__ else c for f, c in zip((own, other), consts, strict=True)]
-    return own.__defaults__ == other.__defaults__ and _same_code(own, other, *parts)
 
 
 def _with_global(f: FunctionType, name: str, value: Callable) -> FunctionType:
