@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import frozen
+from fusedpeft.layers import frozen, kv_cache
 from fusedpeft.layers.rows import AdapterNames
 from fusedpeft.layers.state import (
     METHODS,
@@ -65,7 +65,7 @@ def attach_to(model: nn.Module, config: Config, name: str, strict: bool) -> None
         state = State(was_trainable=[p for p in model.parameters() if p.requires_grad])
         for parameter in state.was_trainable:
             parameter.requires_grad_(False)
-        state.handles = AdapterNames().hook(model)
+        state.handles = [*AdapterNames().hook(model), kv_cache.hook(model)]
         frozen.hasten(model)
         setattr(model, STATE, state)
     method.add(model, config, name, planned)

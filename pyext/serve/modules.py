@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fusedpeft.errors import InputError
-from fusedpeft.layers import frozen
+from fusedpeft.layers import frozen, kv_cache
 from fusedpeft.layers.state import SERVED, State
 from fusedpeft.ops.multi_lora import multi_lora_linear
 from fusedpeft.ops.multi_lora_cpu import prepared
@@ -226,6 +226,7 @@ class Serving:
         with ExitStack() as undo:
             frozen.hasten(model)
             undo.callback(frozen.restore, model)
+            undo.callback(kv_cache.hook(model).remove)
             self._install_linears(linears, undo)
             install_sublayers(model, self.pool, self.current, undo)
             for name in (SERVED, "__deepcopy__", "__reduce_ex__"):
