@@ -29,5 +29,5 @@ def test_an_adapter_too_few_is_seen(monkeypatch):
 
 def test_the_case_of_the_bar():
     labels = [s.label for s in bench.specs(CPU, False)]
-    assert labels == ["llama-64m B8 R8/16/64 fp32", "llama-64m B8 R8/16/64 bf16"]
+    assert labels == ["llama-64m B8+16 R8/16/64 fp32", "llama-64m B8+16 R8/16/64 bf16"]
     assert bench.SHAPES["llama-64m"][0] == 1024 and bench.SHAPES["llama-64m"][2] == 4
