@@ -52,13 +52,15 @@ class _Buffer:
 
     def __init__(self, held: Tensor, more: int) -> None:
         batch, heads, self.used, dim = held.shape
-        self.all = held.new_empty(batch, heads, self.used + more + ROOM, dim)
+        self.capacity = self.used + more + ROOM
+        self.all = held.new_empty(batch, heads, self.capacity, dim)
         self.all[:, :, : self.used] = held
+        self.sealed = self.all.is_inference()  # outside inference mode, by torch's rule
 
-    def append(self, new: Tensor) -> None:
-        end = self.used + new.shape[2]
-        self.all[:, :, self.used : end] = new
-        self.used = end
+    def append(self, new: Tensor, more: int) -> None:
+        used = self.used
+        self.used = used + more
+        self.all[:, :, used : used + more] = new
 
 
 class _End(NamedTuple):
@@ -66,6 +68,7 @@ class _End(NamedTuple):
 
     buffer: _Buffer
     used: int
+    begin: int
     held: Tensor
 
 
@@ -74,7 +77,7 @@ class _Appending:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("keys", "values"):  # by a reordering, say: the buffer's memory is free again
-            self.__dict__.pop(f"_end_of_{name}", None)
+            self.__dict__.pop(f"{name}_end", None)
         super().__setattr__(name, value)
 
     def _appends(self, keys: Tensor, values: Tensor) -> bool:
@@ -89,32 +92,39 @@ class _Appending:
     def _append(self, name: str, new: Tensor, most: int = 0) -> Tensor:
         """All that the layer holds of `name` and what is new. It then holds this, or with `most`
         the last so many."""
-        held, more = getattr(self, name), new.shape[2]
-        held = new[:, :, :0] if held.numel() == 0 else held
-        end = self.__dict__.get(f"_end_of_{name}")
-        goes_on = end is not None and _goes_on(end, held, more)
-        buffer = end.buffer if goes_on else _Buffer(held, more)
-        buffer.append(new)
-        whole = buffer.all[:, :, buffer.used - more - held.shape[2] : buffer.used]
-        held = whole[:, :, -most:]  # -0: whole
-        setattr(self, name, held)
-        setattr(self, f"_end_of_{name}", _End(buffer, buffer.used, held))
+        own, more = self.__dict__, new.shape[2]
+        held, end = own[name], own.get(f"{name}_end")
+        if end is not None and _goes_on(end, held, more):
+            buffer, begin = end.buffer, end.begin
+        else:
+            buffer, begin = _Buffer(held if held.numel() else new[:, :, :0], more), 0
+        buffer.append(new, more)
+        used = buffer.used
+        whole = held = buffer.all[:, :, begin:used]
+        if 0 < most < used - begin:
+            begin = used - most
+            held = buffer.all[:, :, begin:used]
+        own[name], own[f"{name}_end"] = held, _End(buffer, used, begin, held)
         return whole
 
 
 def _fits(held: Tensor, new: Tensor) -> bool:
     if new.ndim != 4 or held.dtype != new.dtype or held.device != new.device:
         return False
-    alike = held.ndim == 4 and held.shape[:2] == new.shape[:2] and held.shape[3] == new.shape[3]
-    return type(held) is Tensor and (alike or held.numel() == 0)
+    if type(held) is not Tensor or held.ndim != 4:
+        return held.numel() == 0
+    (batch, heads, _, dim), of_new = held.shape, new.shape
+    return of_new[0] == batch and of_new[1] == heads and of_new[3] == dim
 
 
 def _goes_on(end: _End, held: Tensor, more: int) -> bool:
-    all_ = end.buffer.all
-    if held is not end.held or end.buffer.used != end.used:
-        return False
-    sealed = all_.is_inference() and not torch.is_inference_mode_enabled()  # torch's rule
-    return not sealed and end.used + more <= all_.shape[2]
+    buffer = end.buffer
+    return (
+        held is end.held
+        and buffer.used == end.used
+        and end.used + more <= buffer.capacity
+        and not (buffer.sealed and not torch.is_inference_mode_enabled())
+    )
 
 
 class AppendingLayer(DynamicLayer, _Appending):
