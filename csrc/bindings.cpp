@@ -117,15 +117,15 @@ void rms_norm(Address x, Address weight, Address dy, Address out, int64_t m, int
                  static_cast<float>(eps), static_cast<float>(offset), dtype});
 }
 
-void gated(Address gate, Address up, Address dy, Address out, Address dup, int64_t count,
-           int activation, int dtype) {
-  check_matrix("gate", gate, 1, count, count);
-  check_matrix("up", up, 1, count, count);
-  check_matrix("out", out, 1, count, count);
+void gated(Address gate, int64_t gate_row, Address up, int64_t up_row, Address dy, Address out,
+           Address dup, int64_t rows, int64_t width, int activation, int dtype) {
+  check_matrix("gate", gate, rows, width, gate_row);
+  check_matrix("up", up, rows, width, up_row);
+  check_matrix("out", out, rows, width, width);
   check(!dy || dup, "dup: expected an address beside dy, got null");
   py::gil_scoped_release release;
-  cpu::gated({pointer(gate), pointer(up), pointer(dy), pointer(out), pointer(dup), count, activation,
-              dtype});
+  cpu::gated({pointer(gate), pointer(up), pointer(dy), pointer(out), pointer(dup), rows, width,
+              gate_row, up_row, activation, dtype});
 }
 
 void rotary(Address x, Strides sx, Address cos, Strides sc, Address sin, Strides ss, Address out,

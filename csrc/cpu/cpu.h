@@ -96,12 +96,13 @@ struct RmsNorm {
 // Throws std::invalid_argument for other codes or sizes, before anything is written.
 void rms_norm(const RmsNorm& a);
 
-// out[count] = act(gate) * up, or with dy the gradients: of gate in out, which may be dy, of up in
-// dup. Everything is of dtype; the activation is kGelu, kGeluTanh or kSilu.
+// out[rows, width] = act(gate) * up, or with dy the gradients: of gate in out, which may be dy, of up
+// in dup. Rows of gate and of up lie gate_row and up_row numbers apart, those of the others one behind
+// the other. Everything is of dtype; the activation is kGelu, kGeluTanh or kSilu.
 struct Gated {
   const void *gate, *up, *dy;
   void *out, *dup;
-  int64_t count;
+  int64_t rows, width, gate_row, up_row;
   int activation, dtype;
 };
 // Throws as rms_norm does.

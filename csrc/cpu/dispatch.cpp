@@ -273,8 +273,8 @@ void gated(const Gated& a) {
   check(a.dtype >= kFloat32 && a.dtype <= kFloat16, "dtype: expected 0, 1 or 2", a.dtype);
   check(a.activation == kGelu || a.activation == kGeluTanh || a.activation == kSilu,
         "activation: expected 1, 2 or 3", a.activation);
-  check(a.count >= 0, "count: expected >= 0", a.count);
-  level().gated(a);
+  check(a.rows >= 0 && a.width >= 0, "rows, width: expected >= 0", std::min(a.rows, a.width));
+  if (a.width > 0) level().gated(a);
 }
 
 void rotary(const Rotary& a) {

@@ -92,37 +92,33 @@ inline void rms_norm_any(const RmsNorm& a) {
 
 // --- act(gate) * up -------------------------------------------------------------------------------
 
+// Of a row, the numbers begin.. begin + kChunk.
 template <class T, int kind>
-void gated_span(const Gated& a, int64_t begin, int64_t end) {
+void gated_piece(const Gated& a, int64_t row, int64_t begin) {
   alignas(64) float gate[kChunk], up[kChunk], dy[kChunk];
-  const T *gates = static_cast<const T*>(a.gate), *ups = static_cast<const T*>(a.up);
-  const T* above = static_cast<const T*>(a.dy);
-  T *out = static_cast<T*>(a.out), *dup = static_cast<T*>(a.dup);
-  for (int64_t i = begin; i < end; i += kChunk) {
-    const int64_t n = min_of(kChunk, end - i);
-    take(gates + i, n, gate);
-    take(ups + i, n, up);
-    if (above) take(above + i, n, dy);
-    for (int64_t k = 0; k < n; k += kWidth) {
-      const F g = at(gate + k), u = at(up + k), active = activation_of(kind, g);
-      if (!above) {
-        put(active * u, gate + k);
-        continue;
-      }
-      const F d = at(dy + k);
-      put(d * u * slope_of(kind, g), gate + k);
-      put(d * active, up + k);
+  const int64_t n = min_of(kChunk, a.width - begin), dense = row * a.width + begin;
+  take(static_cast<const T*>(a.gate) + row * a.gate_row + begin, n, gate);
+  take(static_cast<const T*>(a.up) + row * a.up_row + begin, n, up);
+  if (a.dy) take(static_cast<const T*>(a.dy) + dense, n, dy);
+  for (int64_t k = 0; k < n; k += kWidth) {
+    const F g = at(gate + k), u = at(up + k), active = activation_of(kind, g);
+    if (!a.dy) {
+      put(active * u, gate + k);
+      continue;
     }
-    store_as(gate, out + i, n);
-    if (above) store_as(up, dup + i, n);
+    const F d = at(dy + k);
+    put(d * u * slope_of(kind, g), gate + k);
+    put(d * active, up + k);
   }
+  store_as(gate, static_cast<T*>(a.out) + dense, n);
+  if (a.dy) store_as(up, static_cast<T*>(a.dup) + dense, n);
 }
 
 template <class T, int kind>
 void gated_by(const Gated& a) {
-  const int64_t chunks = ceil_div(a.count, kChunk);
-  share(chunks, kChunk, [&](int64_t begin, int64_t end) {
-    gated_span<T, kind>(a, begin * kChunk, min_of(end * kChunk, a.count));
+  const int64_t pieces = ceil_div(a.width, kChunk);
+  share(a.rows * pieces, kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) gated_piece<T, kind>(a, i / pieces, i % pieces * kChunk);
   });
 }
 

@@ -10,12 +10,31 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fusedpeft.errors import InputError
+from fusedpeft.ops.arguments import is_plain
+from fusedpeft.ops.prefix_attention_checks import plainly_decodes
+from fusedpeft.ops.prefix_decode_impls import native_shared
 
 IMPLEMENTATION = "fusedpeft"  # transformers' name for it
 # The attribute of an attention module that has its prefixes: current() is None or the one that acts
 # now, which attend() takes; by_row, whether rows have prefixes of their own.
 CHILD = "fusedpeft_prefix"
 _NOT_HERE = ("softcap", "s_aux")  # what other models' attention asks for
+
+
+def sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """transformers' attention by sdpa, but a decoded token that sees all keys is answered on a CPU
+    by the kernel of prefix_decode_attention, with no prefix. As `_attention` below."""
+    get = options.get
+    rare = get("dropout") or get("output_attentions") or get("softcap") is not None
+    if mask is None and query.shape[2] == 1 and get("position_bias") is None and not rare:
+        none, scale = key.new_empty(key.shape[1], 0, key.shape[3]), get("scaling")
+        given = (query, key, value, none, none)
+        if is_plain(given) and plainly_decodes(*given, True, None, scale):
+            scale = key.shape[3] ** -0.5 if scale is None else scale
+            return native_shared(*given, scale, 0)[0].transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, mask, **options)
 
 
 def _attention(
@@ -40,7 +59,7 @@ def _attention(
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         if position_bias is not None:
             options["position_bias"] = position_bias
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa(module, query, key, value, attention_mask, **options)
     for name in _NOT_HERE:
         if kwargs.get(name) is not None:
             raise InputError(

@@ -1,5 +1,5 @@
 """The frozen modules of a model that carries adapters, faster on a CPU: its plain linears, and the
-RMSNorms, gated FFNs and rotary positions between them.
+RMSNorms, gated FFNs, rotary positions and decoded tokens' attention between them.
 
 Of these a module is known by what its class computes: the code of its forward is that of Llama's or
 Gemma's, or, of an attention, calls a function whose code is that of Llama's `apply_rotary_pos_emb`.
@@ -15,7 +15,10 @@ from types import CellType, FunctionType
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fusedpeft.layers.attention import sdpa
 from fusedpeft.layers.linear import PLAIN_FORWARDS, Linear
 from fusedpeft.ops.elementwise_cpu import gated, gated_mlp, rms_norm, rotary
 
@@ -142,11 +145,22 @@ def _gated_forward(kind: type):
     return forward
 
 
-_ROTARY, _HALF = "apply_rotary_pos_emb", "rotate_half"
+_ROTARY, _HALF, _ATTENTIONS = "apply_rotary_pos_emb", "rotate_half", "ALL_ATTENTION_FUNCTIONS"
+
+
+class _Attentions:
+    """transformers' attention functions, of which sdpa is ours."""
+
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        found = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return sdpa if found is sdpa_attention_forward else found
+
+    def __getattr__(self, name: str):
+        return getattr(ALL_ATTENTION_FUNCTIONS, name)
 
 
 def _rotary_forward(kind: type):
-    """The class's own forward, with a function of ours where it looks for that one."""
+    """The class's own forward, with functions of ours where it looks for theirs."""
     given = getattr(kind, "forward", None)
     inner = inspect.unwrap(given) if isinstance(given, FunctionType) else None
     if not isinstance(inner, FunctionType) or _ROTARY not in inner.__code__.co_names:
@@ -164,7 +178,10 @@ def _rotary_forward(kind: type):
         made = None if args or kwargs else rotary(q, k, cos, sin)
         return eager(q, k, cos, sin, *args, **kwargs) if made is None else made
 
-    ours = _with_global(given, _ROTARY, apply)
+    replaced = {_ROTARY: apply}
+    if inner.__globals__.get(_ATTENTIONS) is ALL_ATTENTION_FUNCTIONS:
+        replaced[_ATTENTIONS] = _Attentions()
+    ours = _with_globals(given, replaced)
 
     @wraps(given)
     def forward(self, *args, **kwargs):
@@ -175,13 +192,13 @@ def _rotary_forward(kind: type):
     return forward
 
 
-def _with_global(f: FunctionType, name: str, value: Callable) -> FunctionType:
-    """A function as f is, but for one global; of a decorated one, what is decorated."""
+def _with_globals(f: FunctionType, replaced: dict[str, object]) -> FunctionType:
+    """A function as f is, but for some globals; of a decorated one, what is decorated."""
     inner, cells, globals_ = getattr(f, "__wrapped__", None), f.__closure__, f.__globals__
     if inner is None:
-        globals_ = {**globals_, name: value}
+        globals_ = {**globals_, **replaced}
     else:
-        made = _with_global(inner, name, value)
+        made = _with_globals(inner, replaced)
         cells = tuple(CellType(made) if c.cell_contents is inner else c for c in cells)
     copied = FunctionType(f.__code__, globals_, f.__name__, f.__defaults__, cells)
     copied.__kwdefaults__ = f.__kwdefaults__

@@ -59,13 +59,18 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
     """act(gate) · up (Shazeer 2020, section 2), activation "silu", "gelu" or "gelu_tanh", or None
     where that is eager torch's to compute, as of `rms_norm`.
 
-    gate, up [*] of one shape and dtype. Returns [*].
+    gate, up [*] of one shape and dtype, contiguous, or without gradients two parts of such rows.
+    Returns [*].
     """
-    if not _takes(gate, up) or gate.shape != up.shape:
+    if not _runs_here((gate, up)) or gate.shape != up.shape or gate.ndim == 0:
         return None
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        if not (gate.is_contiguous() and up.is_contiguous()):
+            return None
         return _Gated.apply(gate, up, activation)
-    out = torch.empty_like(gate)
+    if _apart(gate) is None or _apart(up) is None:
+        return None
+    out = gate.new_empty(gate.shape)
     _gate(gate, up, None, out, None, activation)
     return out
 
@@ -150,12 +155,26 @@ def _norm(x: Tensor, w: Tensor, dy: Tensor | None, eps: float, offset: float) ->
 def _gate(
     gate: Tensor, up: Tensor, dy: Tensor | None, out: Tensor, dup: Tensor | None, activation: str
 ) -> None:
+    width, count, steps = gate.shape[-1], gate.numel(), (_apart(gate), _apart(up))
+    if steps == (width, width):  # one long row
+        width, steps = count, (count, count)
     torch.get_num_threads()
     native.gated(
-        gate.data_ptr(), up.data_ptr(), 0 if dy is None else dy.data_ptr(), out.data_ptr(),
-        0 if dup is None else dup.data_ptr(), gate.numel(), GATES[activation][0],
-        DTYPE_CODES[gate.dtype],
+        gate.data_ptr(), steps[0], up.data_ptr(), steps[1], 0 if dy is None else dy.data_ptr(),
+        out.data_ptr(), 0 if dup is None else dup.data_ptr(), count // width, width,
+        GATES[activation][0], DTYPE_CODES[gate.dtype],
     )  # fmt: skip
+
+
+def _apart(t: Tensor) -> int | None:
+    """How far apart the rows of t [*, d] lie, or None where that is not one distance."""
+    if t.is_contiguous():
+        return t.shape[-1]
+    shape, strides = t.shape, t.stride()
+    if t.ndim < 2 or strides[-1] != 1:
+        return None
+    even = [strides[i] == strides[i + 1] * shape[i + 1] for i in range(t.ndim - 2)]
+    return strides[-2] if all(even) and strides[-2] >= shape[-1] else None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -306,7 +306,7 @@ class Serving:
             same = batch.group is group and batch.x is x and batch.version == version
             if not same or batch.parts[i] is None:
                 batch.group, batch.x, batch.version = group, x, version
-                batch.parts = list(group.compute(x, batch).split(sizes, -1))
+                batch.parts = list(group.compute(x, batch).split_with_sizes(sizes, -1))
             part, batch.parts[i] = batch.parts[i], None
             if all(p is None for p in batch.parts):
                 batch.group = batch.x = None

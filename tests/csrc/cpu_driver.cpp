@@ -82,24 +82,26 @@ void norm(int64_t m, int64_t d, int dtype, bool backward) {
   }
 }
 
-void gate(int64_t count, int dtype, bool backward) {
+void gate(int64_t rows, int64_t width, int dtype, bool backward, int gap) {
   std::mt19937 random(4);
-  Matrix g(1, count, 0, dtype), u(1, count, 0, dtype), dy(1, count, 0, dtype),
-      out(1, count, 0, dtype), dup(1, count, 0, dtype);
+  Matrix g(rows, width, gap, dtype), u(rows, width, 2 * gap, dtype), dy(rows, width, 0, dtype),
+      out(rows, width, 0, dtype), dup(rows, width, 0, dtype);
   for (Matrix* t : {&g, &u, &dy, &out, &dup}) t->fill(random);
   gated({g.bytes.get(), u.bytes.get(), backward ? dy.bytes.get() : nullptr, out.bytes.get(),
-         dup.bytes.get(), count, kSilu, dtype});
+         dup.bytes.get(), rows, width, g.stride, u.stride, kSilu, dtype});
   const auto near = [&](double got, double want) {
     return std::fabs(got - want) <= step_of(dtype) * std::fabs(want) + 2e-6;
   };
-  for (int64_t j = 0; j < count; ++j) {
-    const double s = 1 / (1 + std::exp(-g(0, j))), silu = g(0, j) * s;
-    const double want = backward ? dy(0, j) * u(0, j) * s * (1 + g(0, j) * (1 - s)) : silu * u(0, j);
-    if ((!near(out(0, j), want) || (backward && !near(dup(0, j), silu * dy(0, j)))) &&
-        failures++ < 5)
-      std::printf("gated %ld dtype %d dy %d [%ld]: expected %g, got %g\n", count, dtype, backward, j,
-                  want, out(0, j));
-  }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < width; ++j) {
+      const double s = 1 / (1 + std::exp(-g(i, j))), silu = g(i, j) * s;
+      const double slope = s * (1 + g(i, j) * (1 - s));
+      const double want = backward ? dy(i, j) * u(i, j) * slope : silu * u(i, j);
+      if ((!near(out(i, j), want) || (backward && !near(dup(i, j), silu * dy(i, j)))) &&
+          failures++ < 5)
+        std::printf("gated %ldx%ld dtype %d dy %d [%ld,%ld]: expected %g, got %g\n", rows, width, dtype,
+                    backward, i, j, want, out(i, j));
+    }
 }
 
 // x of [b, t, h, d] with heads and tokens changed about, out of [b, h, t, d].
@@ -186,7 +188,8 @@ int main() {
     drop(2, 64, dtype, 0);
     for (bool backward : {false, true}) {
       norm(1, 1, dtype, backward), norm(3, 31, dtype, backward), norm(70, 600, dtype, backward);
-      gate(1, dtype, backward), gate(255, dtype, backward), gate(40000, dtype, backward);
+      gate(1, 1, dtype, backward, 0), gate(1, 40000, dtype, backward, 0);
+      gate(3, 255, dtype, backward, 2), gate(70, 257, dtype, backward, 9);
     }
   }
   multi_lora_checks();

@@ -69,6 +69,21 @@ def test_gated_against_float64(check_accuracy, shape, activation, dtype):
         assert torch.equal(gated(*inputs, activation), got[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(8, 1, 300), (2, 3, 7), (5, 256), (1, 1, 9)])
+def test_gated_of_two_parts_of_rows(shape, dtype):
+    """As a product of gate and up together leaves them."""
+    both = normal(*shape[:-1], 2 * shape[-1] + 3).to(dtype)
+    gate, up, _ = both.split((shape[-1], shape[-1], 3), -1)
+    got = gated(gate, up, "silu")
+    assert got.is_contiguous()
+    assert torch.equal(got, gated(gate.contiguous(), up.contiguous(), "silu"))
+    with torch.enable_grad():  # its gradients are of whole tensors
+        assert gated(gate.requires_grad_(), up, "silu") is None or gate.is_contiguous()
+    lying = normal(*shape[:-2], shape[-1], shape[-2]).to(dtype).transpose(-1, -2)
+    assert gated(lying, lying, "silu") is None or lying.is_contiguous()
+
+
 def mlp_ref(x, wg, wu, wd, activation):
     return gated_ref(x @ wg.t(), x @ wu.t(), activation) @ wd.t()
 
@@ -266,7 +281,7 @@ def test_the_kernels_refuse_what_they_do_not_take():
     with pytest.raises(ValueError, match="d: expected >= 1, got 0"):
         native.rms_norm(at, at, 0, at, 2, 0, 1e-5, 0.0, 0)
     with pytest.raises(ValueError, match="activation: expected 1, 2 or 3, got 0"):
-        native.gated(at, at, 0, at, 0, 16, 0, 0)
+        native.gated(at, 16, at, 16, 0, at, 0, 1, 16, 0, 0)
     strides = (8, 8, 8)
     with pytest.raises(ValueError, match="d: expected >= 2, even, got 3"):
         native.rotary(at, strides, at, strides, at, strides, at, strides, 1, 1, 1, 3, False, 0)
@@ -275,4 +290,4 @@ def test_the_kernels_refuse_what_they_do_not_take():
     with pytest.raises(ValueError, match="cols: expected >= 1, got 0"):
         native.softmax(at, at, 1, 0, True)
     with pytest.raises(ValueError, match="dup: expected an address beside dy"):
-        native.gated(at, at, at, at, 0, 16, 3, 0)
+        native.gated(at, 16, at, 16, at, at, 0, 1, 16, 3, 0)
