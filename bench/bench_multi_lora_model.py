@@ -4,15 +4,17 @@
 
 One call decodes 16 tokens a request, which are given, over a cache of 64, each step up to the
 logits. The floor is the same model without any adapter in plain transformers, so that 1 / ratio is
-its tokens a second times ours; PEFT is its mixed batch (`adapter_names`). Bar on a CPU: 1.3 times
-the tokens a second of the floor, ratio 0.77.
+its tokens a second times ours; PEFT is its mixed batch (`adapter_names`). On a CPU each has a
+process of its own, as where it is served (see harness.py). Bar on a CPU: 1.3 times the tokens a
+second of the floor, ratio 0.77.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -143,55 +145,78 @@ def _decode(model: nn.Module, cached: Tensor, given: Tensor, kwargs: dict | None
     return call
 
 
-def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm: bool) -> Case:
-    """One model, once with the pool, once as it is, once PEFT's; each returns the logits."""
-    base = llama(spec, device)
-    config, n = base.config, spec.requests
+class Scene(NamedTuple):
+    base: nn.Module
+    pool: fp.AdapterPool
+    adapters: list[dict]
+    cached: Tensor
+    given: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        return [str(i) for i in range(len(self.adapters))]
+
+
+def _scene(spec: Spec, device: torch.device) -> Scene:
+    """The same in every process."""
+    base, n = llama(spec, device), spec.requests
+    config = base.config
     pool = fp.AdapterPool.for_model(base, slots=n, max_rank=max(RANKS))
     adapters = _adapters(pool, spec, device)
-    names = [str(i) for i in range(n)]
-    for name, tensors in zip(names, adapters, strict=True):
-        pool.put(name, tensors)
     gen = torch.Generator(device).manual_seed(2)
     size = (config.num_hidden_layers, 2 * n * config.num_key_value_heads * CACHED, config.head_dim)
     cached = torch.randn(size, generator=gen, device=device).to(spec.dtype)
     given = torch.randint(0, config.vocab_size, (n, STEPS), generator=gen, device=device)
-    slots = torch.tensor([pool.slot(name) for name in names], dtype=torch.int32, device=device)
+    scene = Scene(base, pool, adapters, cached, given)
+    for name, tensors in zip(scene.names, adapters, strict=True):
+        pool.put(name, tensors)
+    return scene
+
+
+def _call(name: str, scene: Scene) -> Call:
+    base, pool, adapters, cached, given = scene
+    if name == FLOOR:
+        return _decode(base, cached, given)
+    model, names = copy.deepcopy(base), scene.names
+    if name == "peft":
+        return _decode(_peft(model, adapters), cached, given, {"adapter_names": names})
+    pool.install(model)
+    decode = _decode(model, cached, given)
+
+    def call() -> Tensor:
+        with pool.batch(names):
+            return decode()
+
+    return call
+
+
+def contestant(spec: Spec, device: torch.device, name: str) -> Call:
+    return _call(name, _scene(spec, device))
+
+
+def build(spec: Spec, device: torch.device, impls: tuple[str, ...] | None, warm: bool) -> Case:
+    """One model, once with the pool, once as it is, once PEFT's; each returns the logits."""
+    scene = _scene(spec, device)
+    base, pool, adapters, cached, given = scene
+    slots = [pool.slot(name) for name in scene.names]
+    slots = torch.tensor(slots, dtype=torch.int32, device=device)
 
     def by_reference(dtype: torch.dtype, slots: Tensor) -> tuple[Tensor]:
         return (_decode(_by_reference(base, pool, slots, dtype), cached, given)(),)
 
-    expected = {
-        kind: Expected(("logits",), *(by_reference(t, s) for t in (torch.float64, spec.dtype)))
-        for kind, s in (("adapters", slots), ("none", torch.full_like(slots, -1)))
-    }
+    with_, without = (
+        Expected(("logits",), *(by_reference(t, s) for t in (torch.float64, spec.dtype)))
+        for s in (slots, torch.full_like(slots, -1))
+    )
     weights = sum(p.numel() for p in base.parameters())  # tied: the head's, once
     used = sum(t.numel() for tensors in adapters for t in tensors.values() if isinstance(t, Tensor))
-    bytes_, flops = torch.empty(0, dtype=spec.dtype).itemsize, 2.0 * STEPS * n * weights
+    bytes_, flops = torch.empty(0, dtype=spec.dtype).itemsize, 2.0 * STEPS * len(given) * weights
 
-    def ours() -> Call:
-        model = copy.deepcopy(base)
-        pool.install(model)
-        decode = _decode(model, cached, given)
+    def impl(name: str) -> Impl:
+        bare = name == FLOOR
+        read = float(STEPS * bytes_ * (weights if bare else weights + used))
+        return Impl(name, lambda _: _call(name, scene), without if bare else with_, flops, read)
 
-        def call() -> Tensor:
-            with pool.batch(names):
-                return decode()
-
-        return call
-
-    def theirs() -> Call:
-        model = _peft(copy.deepcopy(base), adapters)
-        return _decode(model, cached, given, {"adapter_names": names})
-
-    made: dict[str, tuple[Callable[[], Call], str, int]] = {
-        "fusedpeft": (ours, "adapters", weights + used),
-        "peft": (theirs, "adapters", weights + used),
-        FLOOR: (lambda: _decode(base, cached, given), "none", weights),
-    }
-    entries = [
-        Impl(name, lambda _, m=make: m(), expected[kind], flops, float(STEPS * bytes_ * read))
-        for name, (make, kind, read) in made.items()
-        if name in (impls or ALL)
-    ]
-    return Case("multi_lora_model", spec.name, spec.dtype, device, entries, FLOOR, 1, False, {})
+    entries = [impl(name) for name in ALL if name in (impls or ALL)]
+    apart = functools.partial(contestant, spec, device)
+    return Case("multi_lora_model", spec.name, spec.dtype, device, entries, FLOOR, apart=apart)
