@@ -298,7 +298,7 @@ def test_a_prefix_and_a_served_model(caches) -> None:
 
 def test_a_compiled_step_takes_a_cache_that_grew(caches) -> None:
     torch.manual_seed(0)
-    model = fp.attach(MODELS["llama"]().eval(), fp.LoRA(rank=2))
+    model = fp.attach(MODELS["llama"]().eval(), fp.LoRA(rank=2, targets=["q_proj"]))
     ids = torch.randint(1, 64, (2, 11))
     with torch.no_grad():
         expected = model(ids).logits[:, -2:]
