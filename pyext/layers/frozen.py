@@ -16,7 +16,7 @@ from types import CellType, FunctionType
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from fusedpeft.layers.attention import sdpa
 from fusedpeft.layers.linear import PLAIN_FORWARDS, Linear
@@ -148,15 +148,12 @@ def _gated_forward(kind: type):
 _ROTARY, _HALF, _ATTENTIONS = "apply_rotary_pos_emb", "rotate_half", "ALL_ATTENTION_FUNCTIONS"
 
 
-class _Attentions:
+class _Attentions(AttentionInterface):
     """transformers' attention functions, of which sdpa is ours."""
 
-    def get_interface(self, name: str, default: Callable) -> Callable:
-        found = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    def __getitem__(self, name: str) -> Callable:
+        found = ALL_ATTENTION_FUNCTIONS[name]
         return sdpa if found is sdpa_attention_forward else found
-
-    def __getattr__(self, name: str):
-        return getattr(ALL_ATTENTION_FUNCTIONS, name)
 
 
 def _rotary_forward(kind: type):

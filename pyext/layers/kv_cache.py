@@ -136,7 +136,8 @@ class AppendingLayer(DynamicLayer, _Appending):
 
 class AppendingSlidingLayer(DynamicSlidingWindowLayer, _Appending):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        if self.record_past or not self._appends(key_states, value_states):
+        prompt = key_states.shape[2] > ROOM  # whose keys behind the window would stay in the buffer
+        if prompt or self.record_past or not self._appends(key_states, value_states):
             return super().update(key_states, value_states, *args, **kwargs)
         self.cumulative_length += key_states.shape[2]
         most = self.sliding_window - 1

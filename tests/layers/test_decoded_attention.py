@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import fusedpeft as fp
 from fusedpeft.layers import attention
 from fusedpeft.layers.attention import sdpa
+from fusedpeft.layers.frozen import _Attentions
 from fusedpeft.ops.native import native
 
 pytestmark = pytest.mark.skipif(native is None, reason="fusedpeft._C is not built")
@@ -149,6 +151,17 @@ def test_other_attentions_stay(calls, monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", registered)
     model.generate(IDS, max_new_tokens=3)
     assert len(theirs) == 6 and not calls
+
+
+def test_a_table_of_ours_is_theirs_but_for_sdpa(calls):
+    table, theirs = _Attentions(), ALL_ATTENTION_FUNCTIONS
+    assert list(table) == list(theirs) and "sdpa" in table
+    for name in theirs:
+        assert table[name] is (sdpa if name == "sdpa" else theirs[name])
+        assert table.get_interface(name, None) is table[name]
+    assert table.get_interface("eager", len) is len
+    with pytest.raises(KeyError):
+        table.get_interface("another", len)
 
 
 def test_a_compiled_model_is_the_class_s_own(calls):

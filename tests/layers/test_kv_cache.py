@@ -129,6 +129,15 @@ def test_memory_is_free_after_a_reordering() -> None:
     torch.UntypedStorage._free_weak_ref(of_tensor)
 
 
+@torch.no_grad()
+def test_what_a_window_has_passed_is_free() -> None:
+    layer = AppendingSlidingLayer(WINDOW)
+    layer.update(*_new(10 * ROOM))
+    layer.update(*_new(1))
+    held = layer.keys.untyped_storage().nbytes() // layer.keys[:, :, :1].nbytes
+    assert held == WINDOW - 1 + 1 + ROOM
+
+
 def test_gradients_pass_through_a_cache() -> None:
     grads = []
     for layer in (AppendingLayer(), DynamicLayer()):
