@@ -44,6 +44,8 @@ def attach(model: nn.Module, config: Config, name: str = "default") -> nn.Module
     The first adapter freezes the base. The new adapter becomes the only active, the only trainable
     one (`activate` changes that). LoRA leaves the output as it is until the adapter learns (B is
     zero); which linears it goes on, its docstring says.
+    Without gradients the model appends to a DynamicCache in place, and on a CPU frozen modules
+    between the adapters run on kernels of ours, until `detach`.
     Raises InputError, before anything is changed: no module matches (the nearest names are
     suggested), a name taken, a model that is merged or PEFT's, or that the method cannot serve.
     """
