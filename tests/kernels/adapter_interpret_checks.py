@@ -27,7 +27,7 @@ SHAPES = {  # M, d, E; beyond 64 (fp32) or 256 (fp16) a kernel a product
     "odd": (63, 144, 12),
     "tail_row": (65, 160, 33),
     "wide": (40, 80, 130),
-    "wider": (9, 48, 512),
+    "wider": (9, 48, 264),
 }
 
 

@@ -21,7 +21,7 @@ SHAPES = {  # M, N, K, R
     "rows16": (16, 40, 72, 12),
     "odd": (63, 65, 130, 8),
     "whole_tiles": (64, 128, 192, 16),
-    "high_rank": (130, 67, 66, 70),
+    "high_rank": (66, 67, 66, 70),
 }
 KINDS = {
     "nf4": lambda w: ops.NF4Weight.quantise(w),
