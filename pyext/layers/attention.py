@@ -22,19 +22,25 @@ _NOT_HERE = ("softcap", "s_aux")  # what other models' attention asks for
 
 
 def sdpa(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options,
 ) -> tuple[Tensor, None]:
     """transformers' attention by sdpa, but a decoded token that sees all keys is answered on a CPU
     by the kernel of prefix_decode_attention, with no prefix. As `_attention` below."""
     get = options.get
     rare = get("dropout") or get("output_attentions") or get("softcap") is not None
-    if mask is None and query.shape[2] == 1 and get("position_bias") is None and not rare:
+    rare = rare or attention_mask is not None or get("position_bias") is not None
+    if query.shape[2] == 1 and not rare:
         none, scale = key.new_empty(key.shape[1], 0, key.shape[3]), get("scaling")
         given = (query, key, value, none, none)
         if is_plain(given) and plainly_decodes(*given, True, None, scale):
             scale = key.shape[3] ** -0.5 if scale is None else scale
             return native_shared(*given, scale, 0)[0].transpose(1, 2), None
-    return sdpa_attention_forward(module, query, key, value, mask, **options)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 def _attention(

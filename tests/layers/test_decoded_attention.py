@@ -17,7 +17,7 @@ from fusedpeft.layers.attention import sdpa
 from fusedpeft.layers.frozen import _Attentions
 from fusedpeft.ops.native import native
 
-pytestmark = pytest.mark.skipif(native is None, reason="fusedpeft._C is not built")
+needs_kernel = pytest.mark.skipif(native is None, reason="fusedpeft._C is not built")
 
 
 @pytest.fixture
@@ -42,6 +42,7 @@ def module(h=4, hkv=2) -> nn.Module:
     return SimpleNamespace(num_key_value_groups=h // hkv, is_causal=True, training=False)
 
 
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1, 1), (2, 4, 2, 7, 16), (3, 8, 1, 130, 40)])
 @torch.no_grad()
@@ -80,6 +81,16 @@ def test_what_is_left_to_sdpa(what, options, calls):
     assert calls == ["sdpa_attention_forward"]
 
 
+@torch.no_grad()
+def test_arguments_by_name():
+    """As ten of transformers' modules give them."""
+    names = ("query", "key", "value")
+    for mask in (None, torch.ones(2, 1, 1, 7, dtype=torch.bool)):
+        given = dict(zip(names, tensors(), strict=True), attention_mask=mask, scaling=0.3)
+        want = sdpa_attention_forward(module(), **given)[0]
+        torch.testing.assert_close(sdpa(module(), **given)[0], want)
+
+
 def test_gradients_are_left_to_sdpa(calls):
     q, k, v = tensors()
     sdpa(module(), q.requires_grad_(), k, v, None)[0].sum().backward()
@@ -109,6 +120,7 @@ def llama(**more) -> LlamaForCausalLM:
 IDS = torch.arange(18).view(2, 9) + 1
 
 
+@needs_kernel
 @pytest.mark.parametrize("method", ["attached", "served", "prefix put aside"])
 def test_decoding_calls_it(method, calls, lively):
     base = lively(llama())
