@@ -64,14 +64,14 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor | None:
     """
     if not _runs_here((gate, up)) or gate.shape != up.shape or gate.ndim == 0:
         return None
+    whole = gate.is_contiguous() and up.is_contiguous()
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        if not (gate.is_contiguous() and up.is_contiguous()):
-            return None
-        return _Gated.apply(gate, up, activation)
-    if _apart(gate) is None or _apart(up) is None:
+        return _Gated.apply(gate, up, activation) if whole else None
+    apart = None if whole else (_apart(gate), _apart(up))
+    if apart is not None and None in apart:
         return None
     out = gate.new_empty(gate.shape)
-    _gate(gate, up, None, out, None, activation)
+    _gate(gate, up, None, out, None, activation, apart)
     return out
 
 
@@ -153,11 +153,12 @@ def _norm(x: Tensor, w: Tensor, dy: Tensor | None, eps: float, offset: float) ->
 
 
 def _gate(
-    gate: Tensor, up: Tensor, dy: Tensor | None, out: Tensor, dup: Tensor | None, activation: str
-) -> None:
-    width, count, steps = gate.shape[-1], gate.numel(), (_apart(gate), _apart(up))
-    if steps == (width, width):  # one long row
-        width, steps = count, (count, count)
+    gate: Tensor, up: Tensor, dy: Tensor | None, out: Tensor, dup: Tensor | None, activation: str,
+    apart: tuple[int, int] | None = None,
+) -> None:  # fmt: skip
+    """apart: between rows of gate and of up; None: all is contiguous."""
+    count = gate.numel()
+    width, steps = (count, (count, count)) if apart is None else (gate.shape[-1], apart)
     torch.get_num_threads()
     native.gated(
         gate.data_ptr(), steps[0], up.data_ptr(), steps[1], 0 if dy is None else dy.data_ptr(),

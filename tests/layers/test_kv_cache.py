@@ -181,11 +181,13 @@ def test_in_and_out_of_inference_mode() -> None:
 
 def test_caches_that_are_left_alone() -> None:
     config = _config(LlamaConfig)
-    offloading = DynamicCache(offloading=True) if torch.cuda.is_available() else None
-    for cache in (StaticCache(config=config, max_cache_len=8), offloading, None):
-        before = [type(layer) for layer in cache.layers] if cache else []
+    offloading = DynamicCache(config=config)
+    offloading.offloading = True  # to ask for it takes a GPU
+    for cache in (StaticCache(config=config, max_cache_len=8), offloading):
+        before = [type(layer) for layer in cache.layers]
         append_in_place(cache)
-        assert before == ([type(layer) for layer in cache.layers] if cache else [])
+        assert before and [type(layer) for layer in cache.layers] == before
+    append_in_place(None)
 
 
 # --- models -------------------------------------------------------------------------------------
