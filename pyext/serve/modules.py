@@ -34,10 +34,13 @@ if TYPE_CHECKING:
 class Batch:
     """What is computed now: the slot of each row, and what the model's modules leave each other."""
 
-    def __init__(self, slots: Tensor, sizes: list[list[int] | None], by_token: bool) -> None:
+    def __init__(
+        self, slots: Tensor, sizes: list[list[int] | None], by_token: bool, cached: bool
+    ) -> None:
         self.over = False  # its slots were let go of
         self.slots = slots
         self.by_token = by_token
+        self.cached = cached  # soft prompts lie in the cache, as tokens like any other
         self.flat = -1  # rows of x where the model lays all tokens end to end
         self.sizes = sizes  # of each row's adapter by column, None for a row without
         self.by_rows = {slots.shape[0]: slots}  # rows of x -> the slot of each
@@ -267,22 +270,32 @@ class Serving:
 
     @contextmanager
     def batch(self, names: Sequence[str | None], by_token: bool) -> Iterator[None]:
-        pool = self.pool
+        self._check_free()
+        slots = self.pool.acquire(names)
+        try:
+            with self.batch_of(slots, by_token):
+                yield
+        finally:
+            self.pool.release(slots)
+
+    @contextmanager
+    def batch_of(
+        self, slots: Sequence[int], by_token: bool, cached: bool = False
+    ) -> Iterator[None]:
+        self._check_free()
+        where = torch.tensor(slots, dtype=torch.int32, device=self.pool.device)
+        sizes = [None if s < 0 else self.pool.sizes(s) for s in slots]
+        batch = Batch(where, sizes, by_token, cached)
+        self.current.enter(batch)
+        try:
+            yield
+        finally:
+            self.current.leave(batch)
+
+    def _check_free(self) -> None:
         if not self.undo:
             raise InputError("batch: expected a model that reads the pool: pool.install(model)")
         self.current.check_none()
-        slots = pool.acquire(names)
-        try:
-            where = torch.tensor(slots, dtype=torch.int32, device=pool.device)
-            sizes = [None if s < 0 else pool.sizes(s) for s in slots]
-            batch = Batch(where, sizes, by_token)
-            self.current.enter(batch)
-            try:
-                yield
-            finally:
-                self.current.leave(batch)
-        finally:
-            pool.release(slots)
 
     def _alone(self, group: _Group) -> Callable[[Tensor], Tensor]:
         current, module = self.current, group.modules[0]

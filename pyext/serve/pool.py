@@ -190,7 +190,7 @@ class AdapterPool:
             if self._table.find(name) >= 0:
                 self._wipe_and_free(self._table.evict(name))
             elif not waited:
-                raise self._unknown(name)
+                raise self.unknown(name)
 
     def _trim(self) -> None:
         """Under self._loading: the first to have given their slots up go."""
@@ -311,7 +311,7 @@ class AdapterPool:
             if slot >= 0:
                 return slot
             if name not in self._host:
-                raise self._unknown(name)
+                raise self.unknown(name)
             slot = self._fill(name, self._host[name], hold=True)
             self._trim()
             return slot
@@ -325,7 +325,7 @@ class AdapterPool:
                 if event.query():
                     self._written.pop(slot, None)
 
-    def _unknown(self, name: str) -> InputError:
+    def unknown(self, name: str) -> InputError:
         known = {n for state, n, _ in self._table.slots() if state == "live"} | self._host.keys()
         return InputError(
             f"no adapter is named {name!r} (or it gave its slot up, and host_bytes had no room for "
@@ -338,7 +338,7 @@ class AdapterPool:
         """The slot of an adapter that is on the device now; `acquire` it to keep it there."""
         found = self._table.find(name)
         if found < 0:
-            raise self._unknown(name)
+            raise self.unknown(name)
         return found
 
     def __contains__(self, name: str) -> bool:
@@ -349,6 +349,14 @@ class AdapterPool:
         if not 0 <= slot < len(self._held):
             raise InputError(f"slot: expected 0..{len(self._held) - 1}, got {slot}")
         return self._held[slot]
+
+    def virtual_tokens(self, slot: int) -> int:
+        """Of a slot that is held, -1 for none: the positions that its adapter takes of the model's,
+        those of its prompt and of its longest prefix."""
+        sizes = [] if slot < 0 else self.sizes(slot)
+        of = ([sizes[p.columns[0]] for p in self._places.of(kind) if sizes]
+              for kind in ("prefix", "prompt"))  # fmt: skip
+        return sum(max(lengths, default=0) for lengths in of)
 
     def at(self, *paths: str, kind: str | None = None) -> NamedTuple:
         """What the ops take for a module: LoRASlots of a linear, or of siblings that are stacked
@@ -431,3 +439,15 @@ class AdapterPool:
         in that thread or task. Gradients are off inside.
         """
         return self._serving.batch(names, by_token)
+
+    def batch_of(
+        self, slots: Sequence[int], *, by_token: bool = False, cached: bool = False
+    ) -> AbstractContextManager:
+        """As `batch`, with slots that the caller holds (`acquire`), -1 for the base alone: for
+        requests that take many steps, and keep the adapter that they began with.
+
+        cached: what soft prompts became lies in the cache already, as if it had been tokens; rows
+        that were computed apart may then go on together. The caller says which positions they are
+        at, prompts counted.
+        """
+        return self._serving.batch_of(slots, by_token, cached)

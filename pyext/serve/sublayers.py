@@ -237,7 +237,13 @@ class _Prompts(_Served):
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.room = prefix.room_of(stack)
 
+    def batch(self) -> Batch | None:
+        batch = super().batch()
+        return None if batch is None or batch.cached else batch
+
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if (here := self.here.batch) is not None and here.cached:
+            return args, kwargs
         batch = self.batch()
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         lengths = [0] if batch is None else self.lengths(batch)
