@@ -169,6 +169,38 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="Folder of the base model.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Each folder in it is an adapter, of any kind, to load."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(min=1, help="Adapters on the device at once.")] = 32,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(min=0, help="Room for LoRA loaded later; else the largest rank in DIR."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that decode together.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 256,
+) -> None:
+    """A model and many adapters behind OpenAI's API. FUSEDPEFT_API_KEY: the key to ask with."""
+    from fusedpeft.workflow.serving import serve as run_server
+
+    run_server(
+        model,
+        adapters,
+        host=host,
+        port=port,
+        slots=slots,
+        max_rank=max_rank,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+    )
+
+
+@app.command()
 def compare(
     base: Annotated[Path, typer.Argument(help="Folder of the base model.")],
     task: Annotated[str, typer.Option(help="nsmc (sentiment) or e2e (facts into a sentence).")],

@@ -54,6 +54,7 @@ class Request:
     top_k: int = 0  # 0: all
     seed: int | None = None  # the same seed, the same answer; None: another each time
     stop: Sequence[str] = ()  # the answer ends before any of these
+    trim: bool = False  # no space before its first word: what a turn of a chat begins with
     on_text: Callable[[str], None] = lambda piece: None  # in the engine's thread, as text comes
     on_end: Callable[[Request], None] = lambda request: None  # there too
 
@@ -225,6 +226,10 @@ class Engine:
                 time.sleep(0.01)
 
     @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         return len(self._rows)
 
@@ -347,6 +352,8 @@ class Engine:
             self._end(request, "stop" if over or stopped else "length")
 
     def _say(self, request: Request, piece: str) -> None:
+        if request.trim and not request.text:
+            piece = piece.lstrip()
         if piece:
             request.text += piece
             try:
