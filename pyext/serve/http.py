@@ -23,6 +23,7 @@ from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException as NotServed
 
 from fusedpeft.errors import InputError
 from fusedpeft.serve.engine import Busy, Engine, Request
@@ -79,11 +80,13 @@ def create_app(
         said = failure(str(error), "rate_limit_error")
         return JSONResponse(said, 429, headers={"Retry-After": "1"})
 
-    @app.exception_handler(HTTPException)
-    async def refused(call: Call, error: HTTPException) -> JSONResponse:
+    @app.exception_handler(NotServed)  # FastAPI's own is one of them
+    async def refused(call: Call, error: NotServed) -> JSONResponse:
         kind = "authentication_error" if error.status_code == 401 else "invalid_request_error"
-        code = "model_not_found" if error.status_code == 404 else None
-        return JSONResponse(failure(str(error.detail), kind, code), error.status_code)
+        ours = isinstance(error, HTTPException)
+        said = str(error.detail) if ours else f"{call.method} {call.url.path}: {error.detail}"
+        code = "model_not_found" if ours and error.status_code == 404 else None
+        return JSONResponse(failure(said, kind, code), error.status_code)
 
     # --- answers ----------------------------------------------------------------------------------
 
