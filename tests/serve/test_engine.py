@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -325,6 +326,24 @@ def test_faults_are_their_own(served, tokenizer, caplog):
     assert broken.finish == "error" and isinstance(broken.error, ZeroDivisionError)
     assert engine.run([Request(ids, max_tokens=4)])[0].tokens == asked[2].tokens
     assert pool.stats()["held"] == 0
+
+
+SIZES = dict(vocab_size=VOCAB, d_model=24, decoder_layers=2, decoder_attention_heads=4,
+             decoder_ffn_dim=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
+             intermediate_size=40, max_position_embeddings=64, pad_token_id=0)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["Bart", "Bert", "Mamba"])
+def test_models_that_rows_cannot_share(tokenizer, lively, kind):
+    """Positions by the cache's length; every token sees every other; a state beside the keys."""
+    torch.manual_seed(0)
+    name = {"Bert": "BertLMHeadModel"}.get(kind, f"{kind}ForCausalLM")
+    config = getattr(transformers, f"{kind}Config")(**SIZES)
+    model = lively(getattr(transformers, name)(config)).eval().requires_grad_(False)
+    pool = fp.AdapterPool.for_model(model, 2, 4)
+    pool.install(model)
+    with pytest.raises(InputError, match=f"{name}: expected a causal model that decodes rows"):
+        Engine(model, tokenizer, pool)
 
 
 @pytest.mark.parametrize(
