@@ -3,6 +3,7 @@ of measurements is the one that the files give."""
 
 import contextlib
 import io
+import json
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fusedpeft import cli
 from fusedpeft.bench import readme
+from fusedpeft.serve import wire
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md")
@@ -147,6 +149,14 @@ def test_commands_exist():
             package = module.split(".")
             assert module == "pytest" or package[:2] == ["fusedpeft", "bench"], line
             assert module == "pytest" or (ROOT / "bench" / f"{package[2]}.py").is_file(), line
+        elif program == "curl":
+            said = json.loads(arguments[arguments.index("-d") + 1])
+            path = next(w for w in arguments if w.startswith("http://127.0.0.1:8000/"))
+            kinds = {"completions": wire.Completion, "chat/completions": wire.Chat}
+            kinds[path.partition("/v1/")[2]].model_validate(said)
+        elif program == "pip":
+            (extra,) = re.findall(r"fusedpeft\[(\w+)\]", arguments[-1])
+            assert re.search(rf"^{extra} = \[", text_of("pyproject.toml"), re.MULTILINE), line
         else:
             assert (ROOT / words[0]).is_file(), line
     assert seen >= {"fusedpeft", "make", "python"}

@@ -249,8 +249,12 @@ class Engine:
                     self._wake.wait()
                 if self._closing:
                     return
-            if not self.step():  # every slot is held by others
-                time.sleep(0.01)
+            try:
+                if not self.step():  # every slot is held by others
+                    time.sleep(0.01)
+            except Exception as error:  # the thread is what all others wait for
+                log.exception("the engine failed, and with it %d requests", len(self._rows))
+                self._fail(error)
 
     @property
     def alive(self) -> bool:
@@ -276,10 +280,13 @@ class Engine:
                 self._decode()
             except Exception as error:  # out of memory, say: the next ones may have better luck
                 log.exception("a step failed, and with it %d requests", len(self._rows))
-                for row in self._rows:
-                    self._end(row.request, "error", error)
+                self._fail(error)
             self._leave()
         return joined or bool(self._rows) or len(self._rows) + len(self._waiting) < before
+
+    def _fail(self, error: Exception) -> None:
+        for row in self._rows:
+            self._end(row.request, "error", error)
 
     def _admit(self) -> bool:
         """The first that waits and can have a slot; whether there was one."""

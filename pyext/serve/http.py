@@ -23,6 +23,7 @@ from fastapi import Request as Call
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException as NotServed
 
 from fusedpeft.errors import InputError
@@ -124,7 +125,10 @@ def create_app(
         engine.submit(request)
         if asked.stream:
             return StreamingResponse(
-                _stream(engine, form, request, events), media_type="text/event-stream"
+                _stream(engine, form, request, events),
+                media_type="text/event-stream",
+                # Of a client who hung up before the first byte the generator learns nothing.
+                background=BackgroundTask(engine.cancel, request),
             )
         try:
             while not request.done.is_set():
@@ -139,22 +143,27 @@ def create_app(
         said, status = _what_failed(request)
         return JSONResponse(said, status)
 
-    @app.post("/v1/completions")
-    async def completions(call: Call, asked: Completion) -> Response:
-        if isinstance(asked.prompt, str):
-            ids = engine.tokenizer(asked.prompt)["input_ids"]
-        else:
-            ids = asked.prompt
-        return await answer(call, asked, ask(asked, ids, asked.max_tokens))
+    def of_text(asked: Completion) -> Request:
+        text = asked.prompt
+        ids = engine.tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        return ask(asked, ids, asked.max_tokens)
 
-    @app.post("/v1/chat/completions")
-    async def chat(call: Call, asked: Chat) -> Response:
+    def of_chat(asked: Chat) -> Request:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise InputError("max_tokens, max_completion_tokens: expected one of them, got both")
         ids = encode_chat([message.plain() for message in asked.messages])
         request = ask(asked, ids, asked.max_tokens or asked.max_completion_tokens)
         request.trim = True
-        return await answer(call, asked, request)
+        return request
+
+    # In a thread: a long text takes its time, and others' answers are on their way meanwhile.
+    @app.post("/v1/completions")
+    async def completions(call: Call, asked: Completion) -> Response:
+        return await answer(call, asked, await asyncio.to_thread(of_text, asked))
+
+    @app.post("/v1/chat/completions")
+    async def chat(call: Call, asked: Chat) -> Response:
+        return await answer(call, asked, await asyncio.to_thread(of_chat, asked))
 
     # --- adapters ---------------------------------------------------------------------------------
 
@@ -215,10 +224,10 @@ async def _stream(
 ) -> AsyncIterator[str]:
     """Server-sent events, the last of them [DONE]. Who hangs up ends the request."""
     try:
-        first = True
+        if form.chat:  # whose turn it is, as OpenAI's clients are told before there is text
+            yield _event(form.piece("", first=True))
         while isinstance(event := await events.get(), str):
-            yield _event(form.piece(event, first))
-            first = False
+            yield _event(form.piece(event))
         if request.finish in ("stop", "length"):
             yield _event(form.last(request))
             if form.usage:

@@ -105,7 +105,7 @@ class Form:
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": request.finish}
         return self._about(False, [choice], usage=usage(request))
 
-    def piece(self, text: str, first: bool) -> dict:
+    def piece(self, text: str, first: bool = False) -> dict:
         role = {"role": "assistant"} if first else {}
         said = {"delta": {**role, "content": text}} if self.chat else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": None}
