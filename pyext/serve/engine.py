@@ -11,6 +11,7 @@ in front is hidden by the mask, and left out as soon as the longest row has gone
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import threading
@@ -119,7 +120,8 @@ class Engine:
         for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
             if value < 1:
                 raise InputError(f"{name}: expected a whole number >= 1, got {value}")
-        self.model, self.tokenizer, self.pool = model.eval(), tokenizer, pool
+        self.model, self.pool = model.eval(), pool
+        self.tokenizer = copy.deepcopy(tokenizer)  # one is for one thread, and this one decodes
         self.context, self.max_batch, self.max_waiting = context, max_batch, max_waiting
         names = inspect.signature(model.forward).parameters
         # transformers' new name and its old one.

@@ -39,14 +39,15 @@ _NAME = re.compile(r"[\w-][\w.-]*")  # of an adapter and its folder: no path lea
 def create_app(
     engine: Engine,
     base: str,
-    encode_chat: Callable[[Sequence[dict[str, str]]], list[int]],
+    encode: Callable[[str | Sequence[dict[str, str]]], list[int]],
     *,
     adapters: Path | None = None,
     key: str | None = None,
 ) -> FastAPI:
-    """base: the name under which the model answers without an adapter. adapters: the folder whose
-    folders clients may load, None for none. key: what they must bring ("Authorization: Bearer …").
-    The engine is started with the app and closed with it."""
+    """base: the name under which the model answers without an adapter. encode: the ids of a text,
+    or of a conversation up to where the assistant begins; called from several threads. adapters:
+    the folder whose folders clients may load, None for none. key: what they must bring
+    ("Authorization: Bearer …"). The engine is started with the app and closed with it."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -144,14 +145,13 @@ def create_app(
         return JSONResponse(said, status)
 
     def of_text(asked: Completion) -> Request:
-        text = asked.prompt
-        ids = engine.tokenizer(text)["input_ids"] if isinstance(text, str) else text
+        ids = encode(asked.prompt) if isinstance(asked.prompt, str) else asked.prompt
         return ask(asked, ids, asked.max_tokens)
 
     def of_chat(asked: Chat) -> Request:
         if asked.max_tokens is not None and asked.max_completion_tokens is not None:
             raise InputError("max_tokens, max_completion_tokens: expected one of them, got both")
-        ids = encode_chat([message.plain() for message in asked.messages])
+        ids = encode([message.plain() for message in asked.messages])
         request = ask(asked, ids, asked.max_tokens or asked.max_completion_tokens)
         request.trim = True
         return request

@@ -6,7 +6,8 @@ import ipaddress
 import os
 import signal
 import socket
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,17 +64,23 @@ def serve(
             model, tokenizer, pool, context=max_positions(model.config), max_batch=max_batch,
             max_waiting=max_waiting,
         )  # fmt: skip
-        app = create_app(
-            engine, name, lambda messages: encode_prompt(tokenizer, messages), adapters=adapters,
-            key=os.environ.get(KEY) or None,
-        )  # fmt: skip
+        one_at_a_time = threading.Lock()  # a tokenizer is for one thread
+
+        def encode(said: str | Sequence[dict[str, str]]) -> list[int]:
+            with one_at_a_time:
+                if isinstance(said, str):
+                    return tokenizer(said)["input_ids"]
+                return encode_prompt(tokenizer, said)
+
+        key = os.environ.get(KEY) or None
+        app = create_app(engine, name, encode, adapters=adapters, key=key)
         status.stop()
         shown = f"[{host}]" if ":" in host else host
         print(
             f"{name} and {len(folders)} adapters on http://{shown}:{listening.getsockname()[1]}",
             flush=True,
         )
-        if not os.environ.get(KEY) and not _is_local(host):
+        if key is None and not _is_local(host):
             Console(stderr=True).print(f"anyone who reaches {host} may ask: no {KEY} is set")
         for one in (signal.SIGINT, signal.SIGTERM):  # what uvicorn raises again once it has ended
             signal.signal(one, lambda *_: None)
