@@ -7,6 +7,33 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def patched_once() -> None:
+    """The interpreter puts its own functions into triton.language, a few hundred, at every call of
+    a device function, and takes them out after a launch: two fifths of the time. In this process
+    they go in once and stay. Nor is a type's dtype in numpy looked up anew for each operand."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+    look_up, dtypes = interpreter._get_np_dtype, {}
+
+    def once(fn):
+        if fn not in done:
+            done.add(fn)
+            patch(fn)
+        return interpreter._LangPatchScope()  # of no changes, so that nothing is restored
+
+    def dtype(of):
+        name = of.scalar.name  # a block's is its elements'
+        if name not in dtypes:
+            dtypes[name] = look_up(of)
+        return dtypes[name]
+
+    interpreter._patch_lang, interpreter._get_np_dtype = once, dtype
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """Every fresh buffer starts as NaN: an element that no kernel writes shows."""
