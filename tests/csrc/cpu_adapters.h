@@ -69,12 +69,10 @@ void weights_of(const AdapterTrain& a, const Matrix& x, const Matrix& dy, const 
                 const Matrix& down, const Matrix& up, const Matrix& b, const Matrix& w, const Matrix& p,
                 const Matrix& ddown, const Matrix& dc, const Matrix& dup, const Matrix& db,
                 const Matrix& dw, const Matrix& dnb) {
-  struct Sum {
-    double value = 0, size = 1;
-    void add(double term) { value += term, size += std::fabs(term); }
-  };
   const int64_t m = a.m, d = a.d, e = a.e;
-  std::vector<Sum> of_down(e * d), of_c(e), of_up(d * e), of_b(d), of_w(d), of_nb(d);
+  const Sum one = {0, 1};
+  std::vector<Sum> of_down(e * d, one), of_c(e, one), of_up(d * e, one), of_b(d, one), of_w(d, one),
+      of_nb(d, one);
   const double slack = a.dtype || a.adapter_dtype ? 1e-2 : 2e-5;
   const auto compare = [&](const char* name, double got, const Sum& want) {
     if (!(std::fabs(got - want.value) <= slack * want.size) && failures++ < 5)
@@ -85,22 +83,23 @@ void weights_of(const AdapterTrain& a, const Matrix& x, const Matrix& dy, const 
     double mean = 0, square = 0;
     for (int64_t j = 0; j < d; ++j) mean += a.norm == kLayerNorm ? x(i, j) / d : 0;
     for (int64_t j = 0; j < d; ++j) square += (x(i, j) - mean) * (x(i, j) - mean) / d;
-    std::vector<double> n(d), of_n(d);
+    std::vector<double> n(d), of_n(d), h(e);
+    for (int64_t r = 0; r < e; ++r) h[r] = gelu(p(i, r));
     for (int64_t j = 0; j < d; ++j)
       n[j] = a.norm ? (x(i, j) - mean) / std::sqrt(square + a.eps) : x(i, j);
     for (int64_t j = 0; j < d; ++j) {
-      Sum of_y;
+      Sum of_y = one;
       of_y.add(x(i, j) + a.scale * b(0, j));
-      for (int64_t r = 0; r < e; ++r) of_y.add(a.scale * gelu(p(i, r)) * up(j, r));
+      for (int64_t r = 0; r < e; ++r) of_y.add(a.scale * h[r] * up(j, r));
       compare("y", y(i, j), of_y);
       of_b[j].add(a.scale * dy(i, j));
     }
     for (int64_t r = 0; r < e; ++r) {
-      const double v = p(i, r), h = gelu(v);
+      const double v = p(i, r);
       double slope = std::erfc(-v * std::sqrt(0.5)) / 2 + v * std::exp(-v * v / 2) / std::sqrt(2 * M_PI);
       double g = 0;
       for (int64_t j = 0; j < d; ++j) {
-        of_up[j * e + r].add(a.scale * h * dy(i, j));
+        of_up[j * e + r].add(a.scale * h[r] * dy(i, j));
         g += dy(i, j) * up(j, r);
       }
       g *= a.scale * slope;

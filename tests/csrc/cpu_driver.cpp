@@ -19,16 +19,21 @@ void decode(int64_t m, int64_t k, int64_t n, int64_t r, int dtype, int adapter, 
               bias ? c.bytes.get() : nullptr, y.bytes.get(), m, k, n, r, x.stride, w.stride,
               a.stride, b.stride, y.stride, 0.25, dtype, adapter);
   const double step = step_of(dtype);
+  const std::vector<double> xs = x.numbers(), ws = w.numbers(), as = a.numbers(), bs = b.numbers();
   for (int64_t i = 0; i < m; ++i) {
-    std::vector<double> s(static_cast<size_t>(r));
-    for (int64_t q = 0; q < r; ++q)
-      for (int64_t l = 0; l < k; ++l) s[static_cast<size_t>(q)] += x(i, l) * a(q, l);
+    std::vector<double> s;
+    for (int64_t q = 0; q < r; ++q) {
+      Sum of_s;
+      of_s.add_products(xs.data() + i * k, as.data() + q * k, k);
+      s.push_back(0.25 * of_s.value);
+    }
     for (int64_t j = 0; j < n; ++j) {
-      double want = bias ? c(0, j) : 0.0, size = std::fabs(want);
-      const auto add = [&](double term) { want += term, size += std::fabs(term); };
-      for (int64_t l = 0; l < k; ++l) add(x(i, l) * w(j, l));
-      for (int64_t q = 0; q < r; ++q) add(0.25 * s[static_cast<size_t>(q)] * b(j, q));
-      if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 1e-6 * size)) {
+      Sum sum;
+      sum.add(bias ? c(0, j) : 0.0);
+      sum.add_products(xs.data() + i * k, ws.data() + j * k, k);
+      sum.add_products(s.data(), bs.data() + j * r, r);
+      const double want = sum.value;
+      if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 1e-6 * sum.size)) {
         if (failures++ < 5)
           std::printf("m %ld k %ld n %ld r %ld dtype %d/%d: y[%ld,%ld] expected %g, got %g\n", m, k,
                       n, r, dtype, adapter, i, j, want, y(i, j));

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <vector>
 
 inline int failures = 0;
 
@@ -32,8 +33,8 @@ inline float to_float(const unsigned char* p, int dtype) {
   }
   const int exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                     : std::ldexp(1024.0f + fraction, exponent - 25);
+                     : exponent == 0 ? static_cast<float>(fraction) * 0x1p-24f
+                                     : (1024.0f + fraction) * (1 << exponent) * 0x1p-25f;
   return bits >> 15 ? -size : size;
 }
 
@@ -56,6 +57,12 @@ struct Matrix {
   int size() const { return dtype == kFloat32 ? 4 : 2; }
   unsigned char* at(int64_t i, int64_t j) const { return bytes.get() + (i * stride + j) * size(); }
   double operator()(int64_t i, int64_t j) const { return to_float(at(i, j), dtype); }
+  std::vector<double> numbers() const {  // [rows, cols], for sums that take each one many times
+    std::vector<double> found(static_cast<size_t>(rows * cols));
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) found[static_cast<size_t>(i * cols + j)] = (*this)(i, j);
+    return found;
+  }
 
   void poison(int64_t i, int64_t from, int64_t to) {  // NaN
     if (from < to) std::memset(at(i, from), 0xff, static_cast<size_t>((to - from) * size()));
@@ -74,6 +81,14 @@ struct Matrix {
         if (size() == 4) std::memcpy(at(i, j), &word, 4);
         if (size() == 2) std::memcpy(at(i, j), &half, 2);
       }
+  }
+};
+
+struct Sum {
+  double value = 0, size = 0;  // size: of the terms
+  void add(double term) { value += term, size += std::fabs(term); }
+  void add_products(const double* a, const double* b, int64_t k) {
+    for (int64_t i = 0; i < k; ++i) add(a[i] * b[i]);
   }
 };
 

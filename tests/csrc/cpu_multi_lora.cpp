@@ -64,30 +64,26 @@ void run(int64_t m, int64_t k, const std::vector<int64_t>& sizes, int dtype, int
   for (int64_t i = 0; i < m; ++i) slots.push_back(static_cast<int32_t>(random() % (slots_in_use + 1)) - 1);
   multi_lora(x.bytes.get(), w.bytes.get(), bias ? c.bytes.get() : nullptr, y.bytes.get(),
              slots.data(), pool.slots(), m, k, n, x.stride, w.stride, y.stride, dtype, adapter);
+  const std::vector<double> xs = x.numbers(), ws = w.numbers(), as = pool.a.numbers();
   for (int64_t i = 0; i < m; ++i) {
+    const double* token = xs.data() + i * k;
     const int64_t slot = slots[static_cast<size_t>(i)];
     int64_t first = 0;
     for (int64_t part = 0; part < pool.parts; first += pool.sizes[static_cast<size_t>(part++)]) {
       const size_t at = static_cast<size_t>(slot * pool.parts + part);
       const int64_t r = slot < 0 ? 0 : pool.rank[at], l = Pool::stride(r);
-      std::vector<double> s, sizes_of_s;
-      for (int64_t q = 0; q < r; ++q) {
-        s.push_back(0), sizes_of_s.push_back(0);
-        for (int64_t j = 0; j < k; ++j) {
-          const double one = x(i, j) * pool.a(pool.row(slot, part) + q, j);
-          s.back() += one, sizes_of_s.back() += std::fabs(one);
-        }
-      }
+      std::vector<Sum> s(static_cast<size_t>(r));
+      for (int64_t q = 0; q < r; ++q)
+        s[static_cast<size_t>(q)].add_products(token, as.data() + (pool.row(slot, part) + q) * k, k);
       for (int64_t j = 0; j < pool.sizes[static_cast<size_t>(part)]; ++j) {
-        double want = bias ? c(0, first + j) : 0.0, size = std::fabs(want);
-        for (int64_t q = 0; q < k; ++q) {
-          const double one = x(i, q) * w(first + j, q);
-          want += one, size += std::fabs(one);
-        }
+        Sum sum;
+        sum.add(bias ? c(0, first + j) : 0.0);
+        sum.add_products(token, ws.data() + (first + j) * k, k);
+        double want = sum.value, size = sum.size;
         for (int64_t q = 0; q < r; ++q) {
           const double up = pool.scale[at] * pool.b(slot, first * kMaxRank + j * l + q);
-          want += up * s[static_cast<size_t>(q)];
-          size += std::fabs(up) * sizes_of_s[static_cast<size_t>(q)];
+          want += up * s[static_cast<size_t>(q)].value;
+          size += std::fabs(up) * s[static_cast<size_t>(q)].size;
         }
         const double got = y(i, first + j);
         if (!(std::fabs(got - want) <= step_of(dtype) * std::fabs(want) + 1e-6 * size) &&
@@ -108,11 +104,14 @@ void run_alone(int64_t m, int64_t k, int64_t n, int dtype) {
   for (Matrix* t : {&x, &w, &c, &y}) t->fill(random);
   linear(x.bytes.get(), w.bytes.get(), c.bytes.get(), y.bytes.get(), m, k, n, x.stride, w.stride,
          y.stride, dtype);
+  const std::vector<double> xs = x.numbers(), ws = w.numbers();
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < n; ++j) {
-      double want = c(0, j), size = std::fabs(want);
-      for (int64_t q = 0; q < k; ++q) want += x(i, q) * w(j, q), size += std::fabs(x(i, q) * w(j, q));
-      if (!(std::fabs(y(i, j) - want) <= step_of(dtype) * std::fabs(want) + 1e-6 * size) &&
+      Sum sum;
+      sum.add(c(0, j));
+      sum.add_products(xs.data() + i * k, ws.data() + j * k, k);
+      const double want = sum.value;
+      if (!(std::fabs(y(i, j) - want) <= step_of(dtype) * std::fabs(want) + 1e-6 * sum.size) &&
           failures++ < 5)
         std::printf("linear: m %ld k %ld n %ld dtype %d: y[%ld,%ld] expected %g, got %g\n", m, k, n,
                     dtype, i, j, want, y(i, j));

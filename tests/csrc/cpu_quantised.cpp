@@ -78,7 +78,7 @@ void rows(int64_t n, int64_t k, int64_t block, bool second, int dtype) {
 
 void decode(int64_t m, int64_t n, int64_t k, int64_t block, bool second, int dtype, int adapter) {
   std::mt19937 random(static_cast<unsigned>(m + 3 * n + 7 * k + block));
-  const int64_t r = 5;
+  constexpr int64_t r = 5;
   const Weight w(n, k, block, second, random);
   Matrix x(m, k, 1, dtype), a(r, k, 2, adapter), b(n, r, 3, adapter), c(1, n, 0, dtype),
       y(m, n, 1, dtype);
@@ -86,21 +86,28 @@ void decode(int64_t m, int64_t n, int64_t k, int64_t block, bool second, int dty
   lora_decode_quantised(x.bytes.get(), w.q, a.bytes.get(), b.bytes.get(), c.bytes.get(),
                         y.bytes.get(), m, r, x.stride, a.stride, b.stride, y.stride, 0.25, dtype,
                         adapter);
-  for (int64_t i = 0; i < m; ++i)
+  const std::vector<double> xs = x.numbers(), as = a.numbers(), bs = b.numbers();
+  std::vector<double> ws;
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t l = 0; l < k; ++l) ws.push_back(w(j, l));
+  for (int64_t i = 0; i < m; ++i) {
+    double s[r];
+    for (int64_t q = 0; q < r; ++q) {
+      Sum of_s;
+      of_s.add_products(xs.data() + i * k, as.data() + q * k, k);
+      s[q] = 0.25 * of_s.value;
+    }
     for (int64_t j = 0; j < n; ++j) {
-      double want = c(0, j), size = std::fabs(want);
-      const auto add = [&](double term) { want += term, size += std::fabs(term); };
-      for (int64_t l = 0; l < k; ++l) add(x(i, l) * w(j, l));
-      for (int64_t q = 0; q < r; ++q) {
-        double s = 0;
-        for (int64_t l = 0; l < k; ++l) s += x(i, l) * a(q, l);
-        add(0.25 * s * b(j, q));
-      }
+      Sum sum;
+      sum.add(c(0, j));
+      sum.add_products(xs.data() + i * k, ws.data() + j * k, k);
+      sum.add_products(s, bs.data() + j * r, r);
       // Half of a step for y, and for each number of W where the products take it in 16 bits.
-      const double step = step_of(dtype);
-      if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 1e-6 * size))
+      const double step = step_of(dtype), want = sum.value;
+      if (!(std::fabs(y(i, j) - want) <= step * std::fabs(want) + 1e-6 * sum.size))
         wrong("decode", w.q, i, j, want, y(i, j));
     }
+  }
 }
 
 bool refuses(int64_t k, int64_t block, int64_t row, int64_t col, int dtype) {
