@@ -8,7 +8,7 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def patched_once() -> None:
+def quick_interpreter() -> None:
     """The interpreter puts its own functions into triton.language, a few hundred, at every call of
     a device function, and takes them out after a launch: two fifths of the time. In this process
     they go in once and stay. Nor is a type's dtype in numpy looked up anew for each operand."""
@@ -32,6 +32,12 @@ def patched_once() -> None:
         return dtypes[name]
 
     interpreter._patch_lang, interpreter._get_np_dtype = once, dtype
+    # A sum that overflows is looked for in int64, and what was found goes to a device_assert, which
+    # does nothing unless options.debug is set: nothing is lost but another third of the time.
+    assert not interpreter.interpreter_builder.options.debug
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        sanitize_overflow=False
+    )
 
 
 @pytest.fixture(autouse=True)
