@@ -188,16 +188,22 @@ class Engine:
         request.cancelled = True
 
     def run(self, requests: Sequence[Request]) -> list[Request]:
-        """All of them to their ends, in the caller's thread, of an engine that was not started."""
+        """All of them to their ends, in the caller's thread, of an engine that was not started.
+        Waits while others hold every slot."""
         left = deque(requests)
-        going = True
-        while left or going:
+        while left or not all(request.done.is_set() for request in requests):
             while left and len(self._waiting) < self.max_waiting:
                 self.submit(left.popleft())
-            going = self.step()
+            self._step_or_wait()
         return list(requests)
 
+    def _step_or_wait(self) -> None:
+        if not self.step():  # every slot is held by others
+            time.sleep(0.01)
+
     def _check(self, request: Request) -> None:
+        if request.began:
+            raise InputError("request: expected a new one, got one that was handed in before")
         if request.adapter is not None and request.adapter not in self.pool:
             raise self.pool.unknown(request.adapter)
         count = len(request.ids)
@@ -214,8 +220,9 @@ class Engine:
             raise InputError(f"top_p: expected 0 < p <= 1, got {request.top_p}")
         if request.top_k < 0:
             raise InputError(f"top_k: expected >= 0 (0: all), got {request.top_k}")
-        if not all(isinstance(s, str) and s for s in request.stop):
-            raise InputError(f"stop: expected texts, none of them empty, got {request.stop!r}")
+        stop = request.stop
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise InputError(f"stop: expected a list of texts, none of them empty, got {stop!r}")
 
     def _check_room(self, request: Request, virtual: int = 0) -> None:
         count = len(request.ids) + virtual
@@ -252,8 +259,7 @@ class Engine:
                 if self._closing:
                     return
             try:
-                if not self.step():  # every slot is held by others
-                    time.sleep(0.01)
+                self._step_or_wait()
             except Exception as error:  # the thread is what all others wait for
                 log.exception("the engine failed, and with it %d requests", len(self._rows))
                 self._fail(error)

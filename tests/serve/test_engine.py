@@ -358,7 +358,8 @@ def test_models_that_rows_cannot_share(tokenizer, lively, kind):
         (dict(temperature=float("nan")), "temperature: expected a number >= 0"),
         (dict(top_p=0.0), "top_p: expected 0 < p <= 1"),
         (dict(top_k=-1), "top_k: expected >= 0"),
-        (dict(stop=[""]), "stop: expected texts"),
+        (dict(stop=[""]), "stop: expected a list of texts"),
+        (dict(stop="ab"), "stop: expected a list of texts"),
     ],
 )
 def test_bad_requests(llama, tokenizer, change, said):
@@ -368,6 +369,9 @@ def test_bad_requests(llama, tokenizer, change, said):
     with pytest.raises(InputError, match=said):
         engine.submit(Request(**{"ids": [3, 4], "max_tokens": 8, **change}))
     assert engine.waiting == 0
+    (done,) = engine.run([Request([3, 4], max_tokens=2)])
+    with pytest.raises(InputError, match="request: expected a new one"):
+        engine.submit(done)
 
 
 def test_virtual_tokens_count(served, tokenizer):
