@@ -25,12 +25,13 @@ from fusedpeft.ops.native import native
 x, w, a, b = torch.randn(2, 8), torch.randn(4, 8), torch.randn(2, 8), torch.randn(4, 2)
 y = ops.lora_linear(x, w, a, b, 0.5, impl="native")
 data = importlib.resources.files("fusedpeft.evaluate")
+page = importlib.resources.files("fusedpeft.serve") / "page.html"
 print(json.dumps({
     "file": fusedpeft.__file__,
     "close": bool(torch.allclose(y, ops.lora_linear_ref(x, w, a, b, 0.5), atol=1e-5)),
     "version": [fusedpeft.__version__, importlib.metadata.version("fusedpeft")],
     "cuda": native.build_info()["cuda"],
-    "data": sorted(p.name for p in (*data.iterdir(), *(data / "tasks").iterdir())),
+    "data": sorted(p.name for p in (*data.iterdir(), *(data / "tasks").iterdir(), page)),
     "shadowed": importlib.util.find_spec("kernels") is not None,
 }))
 """
@@ -75,7 +76,7 @@ def test_imports_and_runs(installed, built, clean_run, tmp_path):
     )
     assert found["close"] and found["cuda"] is False and not found["shadowed"]
     assert found["version"][0] == found["version"][1]
-    assert {"style.css", "mmlu.yaml", "hellaswag.yaml"} <= set(found["data"])
+    assert {"style.css", "page.html", "mmlu.yaml", "hellaswag.yaml"} <= set(found["data"])
 
 
 def test_command_line_starts(installed, clean_run, tmp_path):

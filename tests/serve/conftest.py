@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import fusedpeft as fp
 
 VOCAB = 61
 
@@ -61,6 +64,25 @@ def ids() -> Tensor:
 
 
 @pytest.fixture
+def adapted(tmp_path):
+    """(model, config, seed) -> (folder of a saved adapter, the model with it attached)."""
+    count = itertools.count()
+
+    def made(model, config, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        theirs = fp.attach(copy.deepcopy(model), config, "one").eval()
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        folder = tmp_path / f"adapter-{next(count)}"
+        fp.save_adapter(theirs, folder, "one")
+        return folder, theirs.requires_grad_(False)
+
+    return made
+
+
+@pytest.fixture
 def peft_adapter(tmp_path) -> Callable[..., tuple[Path, nn.Module]]:
     """(model, PEFT's config, seed) -> (folder of the checkpoint, PEFT's model of it)."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -82,7 +104,6 @@ def peft_adapter(tmp_path) -> Callable[..., tuple[Path, nn.Module]]:
 @pytest.fixture
 def one_linear() -> Callable[..., tuple]:
     """(adapters, slots, rank) -> (pool over one linear 16 -> 24, the linear, {name: tensors})."""
-    import fusedpeft as fp
 
     def made(names: str = "abcd", slots: int = 3, rank: int = 4, **kwargs):
         generator = torch.Generator().manual_seed(0)

@@ -33,7 +33,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def served(build, tmp_path, lively):
+def served(build, adapted, lively):
     """(kinds of adapters -> config, slots) -> (pool installed in a model, {name: model alone})."""
 
     def made(configs: dict, slots: int = 8):
@@ -43,15 +43,9 @@ def served(build, tmp_path, lively):
         )
         alone = {None: copy.deepcopy(base)}
         for seed, (name, config) in enumerate(configs.items()):
-            theirs = fp.attach(copy.deepcopy(base), config).eval()
-            generator = torch.Generator().manual_seed(seed)
-            with torch.no_grad():
-                for parameter in theirs.parameters():
-                    if parameter.requires_grad:
-                        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-            fp.save_adapter(theirs, tmp_path / name)
-            pool.load(name, tmp_path / name)
-            alone[name] = theirs.requires_grad_(False)
+            folder, alone[name] = adapted(base, config, seed)
+            alone[name].folder = folder
+            pool.load(name, folder)
         pool.install(base)
         return base, pool, alone
 
@@ -146,7 +140,7 @@ def test_the_cache_is_no_longer_than_its_longest_row(served, tokenizer):
     assert short.finish == "length"
 
 
-def test_a_request_keeps_the_adapter_it_began_with(served, tokenizer, tmp_path):
+def test_a_request_keeps_the_adapter_it_began_with(served, tokenizer):
     model, pool, alone = served({"lora": fp.LoRA(rank=3), "other": fp.LoRA(rank=2)})
     engine = Engine(model, tokenizer, pool)
     ids = prompts(1)[0]
@@ -154,7 +148,7 @@ def test_a_request_keeps_the_adapter_it_began_with(served, tokenizer, tmp_path):
     gone = engine.submit(Request(ids, "other", max_tokens=8))
     engine.step()
     engine.step()
-    pool.load("lora", tmp_path / "other")  # replaced
+    pool.load("lora", alone["other"].folder)  # replaced
     pool.evict("other")
     second = engine.submit(Request(ids, "lora", max_tokens=8))
     while engine.step():

@@ -23,25 +23,6 @@ PLACEMENTS = ["houlsby", "pfeiffer", "parallel"]
 NEW = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
 
 
-@pytest.fixture
-def adapted(tmp_path):
-    """(model, config, seed) -> (folder of a saved adapter, the model with it attached)."""
-    count = itertools.count()
-
-    def made(model, config, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        theirs = fp.attach(copy.deepcopy(model), config, "one").eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        folder = tmp_path / f"adapter-{next(count)}"
-        fp.save_adapter(theirs, folder, "one")
-        return folder, theirs.requires_grad_(False)
-
-    return made
-
-
 def filled(pool, model, adapted, configs) -> dict:
     """The pool with these adapters; {name: the model with it attached}, None for the base."""
     alone = {None: copy.deepcopy(model)}
