@@ -15,7 +15,10 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias  # a look-up each
         y = few_rows(input, weight, bias)
-        return F.linear(input, weight, bias) if y is None else y
+        if y is not None:
+            return y
+        # [B, 1, K] of the last tokens of prompts: ATen would multiply by B copies of W in 16 bits.
+        return F.linear(input.contiguous() if input.ndim == 3 else input, weight, bias)
 
 
 PLAIN_FORWARDS = (nn.Linear.forward, Linear.forward)  # what W and bias alone tell

@@ -31,7 +31,6 @@ def few_rows(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
         and is_plain((x, w) if bias is None else (x, w, bias))
         and w.is_cpu
         and w.stride()[1] == 1
-        and x.is_contiguous()
         and (bias is None or bias.is_cpu and bias.dtype == dtype and bias.is_contiguous())
         and not torch.is_autocast_enabled("cpu")
     ):
@@ -40,6 +39,8 @@ def few_rows(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor | None:
         x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return None
+    # The last tokens of a batch of prompts, say: F.linear would copy W for each row in 16 bits.
+    x = x.contiguous()
     m, y = count // k, x.new_empty(*x.shape[:-1], n)
     torch.get_num_threads()  # tells OpenMP in this thread what torch.set_num_threads said in any
     native.linear(

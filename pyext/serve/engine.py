@@ -1,9 +1,10 @@
 """Answers to many requests at once, each with an adapter of its own: continuous batching.
 
-A request's prompt is read alone. Then it joins the rows that decode together, one token each a
-step, and leaves them when it ends; a slot of the pool is its own from beginning to end, so it
-answers with the adapter that it began with, whatever is loaded meanwhile. Between two steps at most
-one prompt is read: those who wait come in by turns, and those who decode go on.
+When its prompt has been read, a request joins the rows that decode together, one token each a step,
+and leaves them when it ends; a slot of the pool is its own from beginning to end, so it
+answers with the adapter that it began with, whatever is loaded meanwhile. Between two steps one
+prompt is read, or several short ones together: those who wait come in by turns, and those who
+decode go on.
 
 The rows' keys and values lie in one tensor a layer, aligned at their ends. What a shorter row lacks
 in front is hidden by the mask, and left out as soon as the longest row has gone.
@@ -35,6 +36,10 @@ from fusedpeft.serve.pool import AdapterPool
 from fusedpeft.serve.text import Text
 
 log = logging.getLogger(__name__)
+
+# Tokens, padding among them, of prompts that are read together: what `multi_lora_linear` takes in
+# one pass over the weights. Beyond, a prompt alone is as quick, and the others wait less.
+READ = 64
 
 
 class Busy(Exception):
@@ -101,7 +106,7 @@ class _Row:
 
 class Engine:
     """Runs the model that `pool` is installed in. `start` gives it a thread of its own; without,
-    `step` is whoever's: one prompt read and one token for each row.
+    `step` is whoever's: prompts read, and one token for each row.
 
     context: positions of the model, prompt and answer together; None: no limit. max_batch: rows
     that decode together; max_waiting: requests beyond them, before `submit` raises Busy.
@@ -140,19 +145,19 @@ class Engine:
         self._check_model()
 
     def _check_model(self) -> None:
-        """Two rows of unlike lengths, decoded together, against each alone without a cache: a model
-        that keeps more than keys and values, looks ahead, or counts positions by the cache's length
-        would answer wrongly, and most of them without a word."""
+        """Rows of unlike lengths, read and decoded together, against each alone without a cache: a
+        model that keeps more than keys and values, looks ahead, or counts positions by the cache's
+        length would answer wrongly, and most of them without a word."""
         exact = self.model.get_input_embeddings().weight.dtype in (torch.float32, torch.float64)
-        texts = [[(5 * i + n) % self._vocabulary for i in range(n)] for n in (4, 7)]
+        texts = [[(5 * i + n) % self._vocabulary for i in range(n)] for n in (4, 7, 5)]
+        asked = [Request(ids[:-1]) for ids in texts]
         try:
-            for ids in texts:
-                request = Request(ids[:-1])
-                row, cache, _ = self._read(request, -1)
+            for some in (asked[:2], asked[2:]):
+                rows, cache, _ = self._read([(request, -1) for request in some])
+                self._join(rows, cache)
+            for request, ids in zip(asked, texts, strict=True):
                 request.tokens.append(ids[-1])
-                self._join(row, cache)
-            got = self._next()
-            for ids, together in zip(texts, got, strict=True):
+            for ids, together in zip(texts, self._next(), strict=True):
                 with self.pool.batch_of([-1]):
                     whole = torch.tensor([ids], device=self.model.device)
                     alone = self.model(input_ids=whole, use_cache=False).logits[0, -1].float()
@@ -282,25 +287,32 @@ class Engine:
         """Whether there was anything to do."""
         before = len(self._rows) + len(self._waiting)
         self._leave()
-        joined = self._admit()
+        group = self._admit()
+        if group:
+            self._prefill(group)
+            self._leave()
         if self._rows:
             try:
-                self._decode()
+                self._advance(self._rows, self._next())
             except Exception as error:  # out of memory, say: the next ones may have better luck
                 log.exception("a step failed, and with it %d requests", len(self._rows))
                 self._fail(error)
             self._leave()
-        return joined or bool(self._rows) or len(self._rows) + len(self._waiting) < before
+        return bool(group or self._rows) or len(self._rows) + len(self._waiting) < before
 
     def _fail(self, error: Exception) -> None:
         for row in self._rows:
             self._end(row.request, "error", error)
 
-    def _admit(self) -> bool:
-        """The first that waits and can have a slot; whether there was one."""
-        if len(self._rows) >= self.max_batch:
-            return False
+    def _admit(self) -> list[tuple[Request, int]]:
+        """Those who come in now, and the slot that each holds: the first who can have one, and as
+        many behind him as can be read with him."""
+        group, longest = [], 0
         for request in self._queue():
+            width = max(longest, len(request.ids))
+            full = len(self._rows) + len(group) >= self.max_batch
+            if full or (group and width * (len(group) + 1) > READ):
+                break
             try:
                 (slot,) = self.pool.acquire([request.adapter])
             except InputError as error:  # evicted since
@@ -309,18 +321,22 @@ class Engine:
                 continue
             except ValueError:  # every slot is held: those of another adapter may come first
                 continue
+            prefix, prompt = self.pool.virtual_tokens(slot)
+            if prompt and group:  # it would stand before the padding of its row
+                self.pool.release([slot])
+                break
             self._take(request)
             try:
-                self._check_room(request, self.pool.virtual_tokens(slot))
-                self._prefill(request, slot)
-            except Exception as error:
-                if not isinstance(error, InputError):
-                    log.exception("a prompt of %d tokens failed", len(request.ids))
-                self._end(request, "error", error)
-            if request.finish is not None:
+                self._check_room(request, prefix + prompt)
+            except InputError as error:
                 self.pool.release([slot])
-            return True
-        return False
+                self._end(request, "error", error)
+                continue
+            group.append((request, slot))
+            longest = width
+            if prompt:
+                break
+        return group
 
     def _queue(self) -> list[Request]:
         with self._wake:
@@ -330,25 +346,39 @@ class Engine:
         with self._wake:
             self._waiting.remove(request)
 
-    def _prefill(self, request: Request, slot: int) -> None:
-        row, cache, logits = self._read(request, slot)
-        self._give(row, logits)
-        if request.finish is None:
-            self._join(row, cache)
+    def _prefill(self, group: list[tuple[Request, int]]) -> None:
+        try:
+            rows, cache, logits = self._read(group)
+        except Exception as error:
+            if len(group) > 1:  # whose fault it is, each alone will tell
+                for one in group:
+                    self._prefill([one])
+                return
+            ((request, slot),) = group
+            if not isinstance(error, InputError):
+                log.exception("a prompt of %d tokens failed", len(request.ids))
+            self.pool.release([slot])
+            return self._end(request, "error", error)
+        self._join(rows, cache)
+        self._advance(rows, logits)
 
-    def _read(self, request: Request, slot: int) -> tuple[_Row, DynamicCache, Tensor]:
-        text = Text(self.tokenizer, request.ids, request.stop)
-        row, cache = _Row(request, slot, text, self.model.device), DynamicCache()
-        ids = torch.tensor([list(request.ids)], device=self.model.device)
-        with self.pool.batch_of([slot]):
-            logits = self._logits(ids, cache)
-        row.length = cache.get_seq_length()
-        return row, cache, logits[0]
-
-    def _decode(self) -> None:
-        for row, own in zip(self._rows, self._next(), strict=True):
-            row.length += 1
-            self._give(row, own)
+    def _read(self, group: list[tuple[Request, int]]) -> tuple[list[_Row], DynamicCache, Tensor]:
+        """Rows, their keys and values, and [rows, V], what may follow each prompt."""
+        device, cache, given = self.model.device, DynamicCache(), {}
+        width = max(len(request.ids) for request, _ in group)
+        hidden = [width - len(request.ids) for request, _ in group]
+        ids = [[0] * n + list(r.ids) for n, (r, _) in zip(hidden, group, strict=True)]
+        if any(hidden):
+            at = torch.arange(width, device=device) - torch.tensor(hidden, device=device)[:, None]
+            given["attention_mask"] = (at >= 0).long()
+            if "position_ids" in self._takes:
+                given["position_ids"] = at.clamp(min=0)
+        with self.pool.batch_of([slot for _, slot in group]):
+            logits = self._logits(torch.tensor(ids, device=device), cache, **given)
+        rows = [_Row(r, s, Text(self.tokenizer, r.ids, r.stop), device) for r, s in group]
+        for row, n in zip(rows, hidden, strict=True):
+            row.length = cache.get_seq_length() - n
+        return rows, cache, logits
 
     def _next(self) -> Tensor:
         """[rows, V], what may follow each row's last token."""
@@ -364,7 +394,10 @@ class Engine:
         if "position_ids" in self._takes:
             given["position_ids"] = lengths[:, None]
         with self.pool.batch_of([row.slot for row in rows], cached=True):
-            return self._logits(ids, self._cache, **given)
+            logits = self._logits(ids, self._cache, **given)
+        for row in rows:
+            row.length += 1
+        return logits
 
     def _logits(self, ids: Tensor, cache: DynamicCache, **given) -> Tensor:
         """[rows, V] of the last token, in fp32."""
@@ -372,6 +405,14 @@ class Engine:
             given["logits_to_keep"] = 1
         given[self._cache_name] = cache
         return self.model(input_ids=ids, use_cache=True, **given).logits[:, -1].float()
+
+    def _advance(self, rows: list[_Row], logits: Tensor) -> None:
+        for row, own in zip(rows, logits, strict=True):
+            try:
+                self._give(row, own)
+            except Exception as error:
+                log.exception("a token could not be drawn")
+                self._end(row.request, "error", error)
 
     def _give(self, row: _Row, logits: Tensor) -> None:
         """The row's next token."""
@@ -415,18 +456,18 @@ class Engine:
 
     # --- rows come and go -------------------------------------------------------------------------
 
-    def _join(self, row: _Row, cache: DynamicCache) -> None:
+    def _join(self, rows: list[_Row], cache: DynamicCache) -> None:
         """Behind the others, all aligned at their ends."""
         if not self._rows:
             self._cache = cache
         else:
-            width = max(row.length, self._cache.get_seq_length())
+            width = max(self._cache.get_seq_length(), cache.get_seq_length())
             for own, new in zip(self._cache.layers, cache.layers, strict=True):
                 for name in ("keys", "values"):
                     pair = (getattr(own, name), getattr(new, name))
                     whole = [F.pad(t, (0, 0, width - t.shape[2], 0)) for t in pair]
                     setattr(own, name, torch.cat(whole))
-        self._rows.append(row)
+        self._rows.extend(rows)
 
     def _leave(self) -> None:
         """Without those that have ended, and those that nobody waits for any more."""

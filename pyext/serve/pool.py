@@ -350,13 +350,15 @@ class AdapterPool:
             raise InputError(f"slot: expected 0..{len(self._held) - 1}, got {slot}")
         return self._held[slot]
 
-    def virtual_tokens(self, slot: int) -> int:
+    def virtual_tokens(self, slot: int) -> tuple[int, int]:
         """Of a slot that is held, -1 for none: the positions that its adapter takes of the model's,
-        those of its prompt and of its longest prefix."""
-        sizes = [] if slot < 0 else self.sizes(slot)
-        of = ([sizes[p.columns[0]] for p in self._places.of(kind) if sizes]
-              for kind in ("prefix", "prompt"))  # fmt: skip
-        return sum(max(lengths, default=0) for lengths in of)
+        those of its longest prefix and of its prompt."""
+        sizes = None if slot < 0 else self.sizes(slot)
+
+        def most(kind: str) -> int:
+            return max((sizes[p.columns[0]] for p in self._places.of(kind) if sizes), default=0)
+
+        return most("prefix"), most("prompt")
 
     def at(self, *paths: str, kind: str | None = None) -> NamedTuple:
         """What the ops take for a module: LoRASlots of a linear, or of siblings that are stacked

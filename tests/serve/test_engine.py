@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fusedpeft as fp
 from fusedpeft.errors import InputError
-from fusedpeft.serve.engine import Busy, Engine, Request
+from fusedpeft.serve.engine import READ, Busy, Engine, Request
 
 VOCAB = 61
 
@@ -176,6 +176,40 @@ def test_more_adapters_than_slots(served, tokenizer):
         assert request.tokens == greedy(alone[request.adapter], request.ids, 4)
 
 
+def test_short_prompts_are_read_together(served, tokenizer, caplog):
+    """Up to READ tokens with their padding; soft prompts alone; a fault is found out one by one."""
+    model, pool, alone = served({"lora": CONFIGS["lora"], "prompt": CONFIGS["prompt"]})
+    engine = Engine(model, tokenizer, pool, max_batch=7)
+    read, groups, spoilt = engine._read, [], []
+
+    def watched(group):
+        groups.append([len(request.ids) for request, _ in group])
+        if any(request in spoilt for request, _ in group):
+            raise RuntimeError("out of memory")
+        return read(group)
+
+    engine._read = watched
+    lengths = [(3, None), (9, "lora"), (2, "prompt"), (30, None), (30, "lora"), (30, None)]
+    asked = [Request(prompts(9)[i] * n, a, max_tokens=3) for i, (n, a) in enumerate(lengths)]
+    for request, (n, _) in zip(asked, lengths, strict=True):
+        request.ids = request.ids[:n]
+    engine.run(asked)
+    for request in asked:
+        assert request.tokens == greedy(alone[request.adapter], request.ids, 3)
+    assert groups == [[3, 9], [2], [30, 30], [30]] and 3 * 30 > READ
+    groups.clear()
+    engine.run([Request([3] * n, max_tokens=1) for n in (20, 22, 22, 20)])
+    assert groups == [[20, 22], [22, 20]] and 3 * 22 > READ  # as padding counts
+    good, bad = Request([3, 4, 5], max_tokens=3), Request([3, 4], max_tokens=3)
+    spoilt.append(bad)
+    groups.clear()
+    engine.run([good, bad])
+    assert groups == [[3, 2], [3], [2]]
+    assert good.tokens == greedy(alone[None], good.ids, 3)
+    assert bad.finish == "error" and str(bad.error) == "out of memory"
+    assert pool.stats()["held"] == 0
+
+
 def test_sampling_is_the_seeds(served, tokenizer):
     """The same seed, the same answer, whoever else is there; and as likely as the model says."""
     model, pool, _ = served({"lora": CONFIGS["lora"]})
@@ -313,10 +347,9 @@ def test_faults_are_their_own(served, tokenizer, caplog):
     # A step that fails takes its rows with it, and no others.
     broken = engine.submit(Request(ids, max_tokens=9))
     engine.step()
-    decode = engine._decode
-    engine._decode = lambda: 1 / 0
+    engine._next, after = lambda: 1 / 0, engine._next
     engine.step()
-    engine._decode = decode
+    engine._next = after
     assert broken.finish == "error" and isinstance(broken.error, ZeroDivisionError)
     assert engine.run([Request(ids, max_tokens=4)])[0].tokens == asked[2].tokens
     assert pool.stats()["held"] == 0
