@@ -458,7 +458,11 @@ class Engine:
 
     def _join(self, rows: list[_Row], cache: DynamicCache) -> None:
         """Behind the others, all aligned at their ends."""
-        if not self._rows:
+        others, self._rows = (
+            self._rows,
+            [*self._rows, *rows],
+        )  # first: a fault is then all of theirs
+        if not others:
             self._cache = cache
         else:
             width = max(self._cache.get_seq_length(), cache.get_seq_length())
@@ -467,7 +471,6 @@ class Engine:
                     pair = (getattr(own, name), getattr(new, name))
                     whole = [F.pad(t, (0, 0, width - t.shape[2], 0)) for t in pair]
                     setattr(own, name, torch.cat(whole))
-        self._rows.extend(rows)
 
     def _leave(self) -> None:
         """Without those that have ended, and those that nobody waits for any more."""

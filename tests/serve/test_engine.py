@@ -351,6 +351,16 @@ def test_faults_are_their_own(served, tokenizer, caplog):
     engine.step()
     engine._next = after
     assert broken.finish == "error" and isinstance(broken.error, ZeroDivisionError)
+    # One whose keys find no room beside the others' as well, in the engine's own thread.
+    engine._join, after = lambda rows, cache: (engine._rows.extend(rows), 1 / 0), engine._join
+    engine.start()
+    broken = engine.submit(Request(ids, max_tokens=9))
+    assert broken.done.wait(30) and isinstance(broken.error, ZeroDivisionError) and engine.alive
+    engine._join = after
+    fine = engine.submit(Request(ids, max_tokens=4))
+    assert fine.done.wait(30) and fine.tokens == asked[2].tokens
+    engine.close()
+    engine = Engine(model, tokenizer, pool)
     assert engine.run([Request(ids, max_tokens=4)])[0].tokens == asked[2].tokens
     assert pool.stats()["held"] == 0
 
