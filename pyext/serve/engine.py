@@ -1,10 +1,9 @@
 """Answers to many requests at once, each with an adapter of its own: continuous batching.
 
 When its prompt has been read, a request joins the rows that decode together, one token each a step,
-and leaves them when it ends; a slot of the pool is its own from beginning to end, so it
-answers with the adapter that it began with, whatever is loaded meanwhile. Between two steps one
-prompt is read, or several short ones together: those who wait come in by turns, and those who
-decode go on.
+and leaves them when it ends. A slot of the pool is its own from beginning to end, so it answers
+with the adapter that it began with, whatever is loaded meanwhile. Between two steps one prompt is
+read, or several short ones together: those who wait come in by turns, and those who decode go on.
 
 The rows' keys and values lie in one tensor a layer, aligned at their ends. What a shorter row lacks
 in front is hidden by the mask, and left out as soon as the longest row has gone.

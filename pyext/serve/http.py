@@ -122,7 +122,9 @@ def create_app(
             metrics.ended(request)
             put(request)
 
-        request.on_text, request.on_end = put if asked.stream else _nobody, ended
+        request.on_end = ended
+        if asked.stream:
+            request.on_text = put
         engine.submit(request)
         if asked.stream:
             return StreamingResponse(
@@ -262,7 +264,3 @@ def _in_words(error: dict[str, Any]) -> str:
         return f"{where}: expected no field of this name: it is not served"
     got = repr(error.get("input"))
     return f"{where or 'body'}: {error['msg']}, got {got if len(got) < 80 else got[:80] + '…'}"
-
-
-def _nobody(piece: str) -> None:
-    pass

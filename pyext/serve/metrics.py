@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fusedpeft.serve.engine import Engine, Request
@@ -58,16 +59,12 @@ class _Pool(Collector):
     def describe(self) -> tuple:
         return ()
 
-    def collect(self):
+    def collect(self) -> tuple[GaugeMetricFamily, ...]:
         stats = self.pool.stats()
-        slots = Gauge(
-            "slots", "Slots of the pool.", ("state",), namespace="fusedpeft", registry=None
-        )
+        slots = GaugeMetricFamily("fusedpeft_slots", "Slots of the pool.", labels=["state"])
         for state in ("free", "loading", "live", "retired", "held"):
-            slots.labels(state).set(stats[state])
-        held = Gauge(
-            "adapter_bytes", "Memory of adapters.", ("where",), namespace="fusedpeft", registry=None
-        )
+            slots.add_metric([state], stats[state])
+        held = GaugeMetricFamily("fusedpeft_adapter_bytes", "Memory of adapters.", labels=["where"])
         for where in ("device", "host"):
-            held.labels(where).set(stats[f"{where}_bytes"])
-        yield from (*slots.collect(), *held.collect())
+            held.add_metric([where], stats[f"{where}_bytes"])
+        return slots, held

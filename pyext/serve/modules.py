@@ -280,7 +280,7 @@ class Serving:
 
     @contextmanager
     def batch_of(
-        self, slots: Sequence[int], by_token: bool, cached: bool = False
+        self, slots: Sequence[int], by_token: bool = False, cached: bool = False
     ) -> Iterator[None]:
         self._check_free()
         where = torch.tensor(slots, dtype=torch.int32, device=self.pool.device)

@@ -326,6 +326,7 @@ class AdapterPool:
                     self._written.pop(slot, None)
 
     def unknown(self, name: str) -> InputError:
+        """What to raise for a name that is not there; it tells the nearest one that is."""
         known = {n for state, n, _ in self._table.slots() if state == "live"} | self._host.keys()
         return InputError(
             f"no adapter is named {name!r} (or it gave its slot up, and host_bytes had no room for "
@@ -442,9 +443,7 @@ class AdapterPool:
         """
         return self._serving.batch(names, by_token)
 
-    def batch_of(
-        self, slots: Sequence[int], *, by_token: bool = False, cached: bool = False
-    ) -> AbstractContextManager:
+    def batch_of(self, slots: Sequence[int], *, cached: bool = False) -> AbstractContextManager:
         """As `batch`, with slots that the caller holds (`acquire`), -1 for the base alone: for
         requests that take many steps, and keep the adapter that they began with.
 
@@ -452,4 +451,4 @@ class AdapterPool:
         that were computed apart may then go on together. The caller says which positions they are
         at, prompts counted.
         """
-        return self._serving.batch_of(slots, by_token, cached)
+        return self._serving.batch_of(slots, cached=cached)

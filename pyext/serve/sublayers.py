@@ -237,10 +237,6 @@ class _Prompts(_Served):
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.room = prefix.room_of(stack)
 
-    def batch(self) -> Batch | None:
-        batch = super().batch()
-        return None if batch is None or batch.cached else batch
-
     def before(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if (here := self.here.batch) is not None and here.cached:
             return args, kwargs

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from fusedpeft.serve.engine import Request
 
-Text = Annotated[str, StringConstraints(min_length=1)]
+NotEmpty = Annotated[str, StringConstraints(min_length=1)]
 
 
 class _Strict(BaseModel):
@@ -32,7 +31,7 @@ class _Asked(_Strict):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)  # not OpenAI's; 0: all
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Text | list[Text] | None = None
+    stop: NotEmpty | list[NotEmpty] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # whose it is makes no difference
@@ -46,7 +45,7 @@ class _Asked(_Strict):
 
 
 class Completion(_Asked):
-    prompt: Text | list[int]
+    prompt: NotEmpty | list[int]
     echo: Literal[False] = False
     logprobs: None = None
     best_of: Literal[1] = 1
@@ -94,27 +93,26 @@ class Form:
         self.id, self.created = f"{prefix}-{uuid.uuid4().hex}", int(time.time())
         self.usage = asked.stream_options is not None and asked.stream_options.include_usage
 
-    def _about(self, chunk: bool, choices: Sequence[dict], **more: Any) -> dict:
+    def _about(self, chunk: bool, choices: list[dict], **more: Any) -> dict:
         kind = f"{self.kind}.chunk" if chunk and self.chat else self.kind
         own = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
-        return {**own, "choices": list(choices), **more}
+        return {**own, "choices": choices, **more}
+
+    def _choice(self, of_chat: dict, text: str, finish: str | None) -> dict:
+        said = of_chat if self.chat else {"text": text}
+        return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
 
     def whole(self, request: Request) -> dict:
-        said = {"message": {"role": "assistant", "content": request.text}}
-        said = said if self.chat else {"text": request.text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": request.finish}
+        message = {"message": {"role": "assistant", "content": request.text}}
+        choice = self._choice(message, request.text, request.finish)
         return self._about(False, [choice], usage=usage(request))
 
     def piece(self, text: str, first: bool = False) -> dict:
         role = {"role": "assistant"} if first else {}
-        said = {"delta": {**role, "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": None}
-        return self._about(True, [choice])
+        return self._about(True, [self._choice({"delta": {**role, "content": text}}, text, None)])
 
     def last(self, request: Request) -> dict:
-        said = {"delta": {}} if self.chat else {"text": ""}
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": request.finish}
-        return self._about(True, [choice])
+        return self._about(True, [self._choice({"delta": {}}, "", request.finish)])
 
     def spent(self, request: Request) -> dict:
         return self._about(True, [], usage=usage(request))
